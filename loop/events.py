@@ -1,0 +1,208 @@
+"""The wire contract: what gateways (and imports) put on the event log, and what everyone else reads from it.
+
+CloudEvents 1.0 in structured JSON mode. Decoding is strict about types and lenient about extra fields, so that other
+producers and newer versions are read; additions need a default. Pure: no I/O, and `now` is passed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import uuid
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import msgspec
+
+RESPONSE_TYPE = "thumbwheel.response.logged.v1"
+FEEDBACK_TYPE = "thumbwheel.feedback.given.v1"
+_RESPONSE_ID = re.compile(r"^(?:chatcmpl|cmpl)-([0-9a-f]{16})-[0-9a-f-]{36}$")
+
+FeedbackValue = Literal["up", "down", "retract"]
+
+
+class EventError(ValueError):
+    """An event's bytes break the contract; the message says how. Such an event goes to dead letters."""
+
+
+class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One completion of a response; with n > 1 each is an example of its own."""
+
+    message: dict[str, Any]
+    """The assistant's message as it was served: role, content, tool_calls, …; for completions content only."""
+    index: int = 0
+    token_ids: list[int] | None = None
+    """Completion token ids as they were sampled, the end token included where one was; None where unknown."""
+    finish_reason: str | None = None
+    logprobs: list[float] | None = None
+    """Log-prob of each completion token as the engine gave it, where the app asked for them."""
+
+
+class ResponseLogged(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One response that an app received, with everything that training needs to see what was served."""
+
+    response_id: str
+    choices: list[Choice]
+    messages: list[dict[str, Any]] | None = None
+    """The prompt of a chat completion."""
+    prompt: str | None = None
+    """The prompt of a completion."""
+    prompt_token_ids: list[int] | None = None
+    endpoint: Literal["chat", "completions"] = "chat"
+    alias: str = ""
+    """The model name that the app asked for."""
+    adapter: str = ""
+    """The engine's model name that served it: `<alias>@<version>`, or the base model's."""
+    arm: str = "live"
+    generation: int = 0
+    """Generation of the route that chose the arm."""
+    conversation_id: str | None = None
+    rater: str | None = None
+    """Keyed hash of the app's user, where the request named one."""
+    message_id: str | None = None
+    """The app's own message id, where it gave one."""
+    tools: list[dict[str, Any]] | None = None
+    params: dict[str, Any] = {}
+    """Sampling parameters of the request (temperature, top_p, max_tokens, …)."""
+    aborted: bool = False
+    """The client left, or the engine failed, before the answer was whole: never trained on."""
+    started_at_ms: int = 0
+    first_token_s: float | None = None
+    """Seconds from the request to the first upstream byte of the body."""
+    duration_s: float = 0.0
+    trace: str | None = None
+    """The request's traceparent."""
+    imported: bool = False
+    """Not served by us: taken from a file."""
+    extra: dict[str, Any] = {}
+    """Columns of an imported row that the contract does not name."""
+
+
+class FeedbackGiven(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One signal of one rater on one response; a rater's last one wins."""
+
+    feedback_id: str
+    """The caller's idempotency key; copies of one feedback_id count once, at their earliest stamp."""
+    value: FeedbackValue
+    hlc: int
+    """Hybrid logical clock of the gateway that took it: milliseconds << 16 | counter."""
+    response_id: str | None = None
+    message_id: str | None = None
+    """The app's own message id, instead of a response_id: means the last response under it."""
+    choice_index: int = 0
+    rater: str = ""
+    """Keyed hash of the rater; empty where the app names none (then the response has one anonymous rater)."""
+    weight: float = 1.0
+    source: str = "explicit"
+    comment: str | None = None
+    reasons: list[str] = []
+
+
+class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What readers need of the CloudEvents envelope around a ResponseLogged. `partitionkey` is the design's key."""
+
+    id: str
+    type: str
+    partitionkey: str
+    time: str
+    data: ResponseLogged
+
+
+class FeedbackEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """The same around a FeedbackGiven."""
+
+    id: str
+    type: str
+    partitionkey: str
+    time: str
+    data: FeedbackGiven
+
+
+_encoder = msgspec.json.Encoder()
+_response_decoder = msgspec.json.Decoder(ResponseEvent)
+_feedback_decoder = msgspec.json.Decoder(FeedbackEvent)
+
+
+def encode(data: ResponseLogged | FeedbackGiven, *, event_id: str, key: str, source: str, now_ms: int) -> bytes:
+    """The event's bytes for the log: CloudEvents 1.0, structured JSON."""
+    is_response = isinstance(data, ResponseLogged)
+    return _encoder.encode(
+        {
+            "specversion": "1.0",
+            "id": event_id,
+            "source": source,
+            "type": RESPONSE_TYPE if is_response else FEEDBACK_TYPE,
+            "subject": data.response_id or data.message_id,
+            "time": datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="milliseconds"),
+            "datacontenttype": "application/json",
+            "partitionkey": key,
+            "data": data,
+        }
+    )
+
+
+def decode_response(value: bytes) -> ResponseEvent:
+    """A ResponseLogged with its envelope. Raises EventError."""
+    event: ResponseEvent = _checked(_response_decoder, RESPONSE_TYPE, value)
+    return event
+
+
+def decode_feedback(value: bytes) -> FeedbackEvent:
+    """A FeedbackGiven with its envelope. Raises EventError."""
+    event: FeedbackEvent = _checked(_feedback_decoder, FEEDBACK_TYPE, value)
+    if event.data.response_id is None and event.data.message_id is None:
+        raise EventError("feedback names neither a response_id nor a message_id")
+    return event
+
+
+def _checked(decoder: msgspec.json.Decoder[Any], expected_type: str, value: bytes) -> Any:
+    try:
+        envelope = decoder.decode(value)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:  # ValidationError is a DecodeError
+        raise EventError(str(exc)) from exc
+    if envelope.type != expected_type:
+        raise EventError(f"type is {envelope.type!r}, expected {expected_type!r} on this topic")
+    return envelope
+
+
+def random_key() -> str:
+    """A key for a response whose app gave no message id: 16 random hex digits."""
+    return os.urandom(8).hex()
+
+
+def key_of_message_id(message_id: str) -> str:
+    """The key of an app's own message id: the first 16 hex digits of its SHA-256."""
+    return hashlib.sha256(message_id.encode()).hexdigest()[:16]
+
+
+def key_of_response_id(response_id: str) -> str:
+    """The key inside a response_id. Raises ValueError for an id that no gateway minted."""
+    match = _RESPONSE_ID.match(response_id)
+    if match is None:
+        raise ValueError(
+            f"response_id {response_id[:120]!r} was not minted by a gateway; expected chatcmpl-<16 hex>-<uuid>"
+        )
+    return match.group(1)
+
+
+def uuid7(now_ms: int) -> str:
+    """A version 7 UUID (RFC 9562, section 5.7): 48 bits of milliseconds, then random ones."""
+    bits = (now_ms & (1 << 48) - 1) << 80 | int.from_bytes(os.urandom(10), "big")
+    bits = bits & ~(0xF << 76) | 0x7 << 76
+    return str(uuid.UUID(int=bits & ~(0x3 << 62) | 0x2 << 62))
+
+
+class HybridClock:
+    """Hybrid logical clock (Kulkarni et al. 2014): never goes back, though the wall clock may.
+
+    `last` is the highest stamp known from before, so that a restart after the clock was set back goes on from it.
+    """
+
+    def __init__(self, last: int = 0) -> None:
+        self.last = last
+
+    def tick(self, now_ms: int) -> int:
+        """The next stamp: milliseconds << 16 | counter, above every earlier one."""
+        self.last = max(self.last + 1, now_ms << 16)
+        return self.last

@@ -1,0 +1,200 @@
+"""The one schema of the store, for SQLite and Postgres: tables and what their columns mean. No queries."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Date,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+)
+from sqlalchemy.dialects import postgresql
+
+metadata = MetaData()
+Json = JSON().with_variant(postgresql.JSONB(), "postgresql")
+Bytes = LargeBinary()
+_autoincrement = BigInteger().with_variant(Integer(), "sqlite")
+
+# --- written by the joiner -------------------------------------------------------------------------------------------
+
+# Bodies, by the event's day so that retention drops whole days; the event's own bytes, never re-encoded.
+responses = Table(
+    "responses",
+    metadata,
+    Column("day", Date, primary_key=True),
+    Column("key", String(16), primary_key=True),
+    Column("response_id", String(80), primary_key=True),
+    Column("body", Bytes, nullable=False),
+    postgresql_partition_by="RANGE (day)",
+)
+
+# What the join needs to know of a response without its body.
+response_index = Table(
+    "response_index",
+    metadata,
+    Column("response_id", String(80), primary_key=True),
+    Column("key", String(16), nullable=False),
+    Column("day", Date, nullable=False),
+    Column("message_id", String(256)),
+    Column("started_at_ms", BigInteger, nullable=False),
+    Index("response_index_message", "message_id", "started_at_ms"),
+)
+
+# One row for each feedback_id, at its earliest stamp; joined or still pending (its response not seen yet).
+votes = Table(
+    "votes",
+    metadata,
+    Column("feedback_id", String(256), primary_key=True),
+    Column("key", String(16), nullable=False),
+    Column("response_id", String(80)),
+    Column("message_id", String(256)),
+    Column("choice_index", Integer, nullable=False),
+    Column("rater", String(64), nullable=False),
+    Column("value", String(8), nullable=False),
+    Column("weight", Float, nullable=False),
+    Column("source", String(64), nullable=False),
+    Column("hlc", BigInteger, nullable=False),
+    Column("event_id", String(80), nullable=False),
+    Column("detail", Json, nullable=False),
+    Index("votes_response", "response_id"),
+    Index("votes_message", "message_id"),
+)
+
+# A response's choice with the votes that stand on it: what snapshots read.
+examples = Table(
+    "examples",
+    metadata,
+    Column("response_id", String(80), primary_key=True),
+    Column("choice_index", Integer, primary_key=True),
+    Column("key", String(16), nullable=False),
+    Column("day", Date, nullable=False),
+    Column("adapter", String(160), nullable=False),
+    Column("arm", String(16), nullable=False),
+    Column("conversation_id", String(256)),
+    Column("up", Integer, nullable=False),
+    Column("down", Integer, nullable=False),
+    # [{"rater", "value": "up" | "down", "weight", "source", "hlc"}], one for each rater whose last vote stands
+    Column("votes", Json, nullable=False),
+    Column("voted_at_ms", BigInteger, nullable=False),
+    Column("body", Bytes, nullable=False),
+    Index("examples_day", "day"),
+    Index("examples_adapter", "adapter", "voted_at_ms"),
+)
+
+positions = Table(
+    "positions",
+    metadata,
+    Column("consumer_group", String(128), primary_key=True),
+    Column("topic", String(249), primary_key=True),
+    Column("partition", Integer, primary_key=True),
+    Column("next", BigInteger, nullable=False),
+)
+
+# Outbox: written in the join's transaction, sent to `<topic>.dlt` afterwards.
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("topic", String(249), primary_key=True),
+    Column("partition", Integer, primary_key=True),
+    Column("offset", BigInteger, primary_key=True),
+    Column("reason", String, nullable=False),
+    Column("key", String(256), nullable=False),
+    Column("value", Bytes, nullable=False),
+    Column("sent", Boolean, nullable=False),
+)
+
+# --- written by the nightly run --------------------------------------------------------------------------------------
+
+# Salted split, kept across nights: a unit once held out stays held out.
+split_units = Table(
+    "split_units",
+    metadata,
+    Column("kind", String(16), primary_key=True),  # rater | conversation | cluster
+    Column("unit", String(64), primary_key=True),
+    Column("held_out", Boolean, nullable=False),
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("version", String(16), primary_key=True),  # v000012
+    Column("alias", String(128), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("parent", String(16)),
+    Column("run_id", String(64)),
+    Column("path", String, nullable=False),
+    Column("manifest", Json, nullable=False),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("updated_at_ms", BigInteger, nullable=False),
+)
+
+# One row for each change of an adapter's state, with its reason.
+adapter_history = Table(
+    "adapter_history",
+    metadata,
+    Column("id", _autoincrement, primary_key=True, autoincrement=True),
+    Column("version", String(16), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", String, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+)
+
+# Which adapters serve an alias. Each change makes a new generation; gateways acknowledge it.
+routes = Table(
+    "routes",
+    metadata,
+    Column("alias", String(128), primary_key=True),
+    Column("generation", BigInteger, nullable=False),
+    Column("live", String(16)),  # None: the base model
+    Column("canary", String(16)),
+    Column("canary_share", Float, nullable=False),
+    Column("since_ms", BigInteger, nullable=False),  # of this live / canary / share
+)
+
+route_acks = Table(
+    "route_acks",
+    metadata,
+    Column("gateway_id", String(128), primary_key=True),
+    Column("generation", BigInteger, nullable=False),
+    # The oldest generation that a request still open on this gateway was routed by: what may not be unloaded yet.
+    Column("oldest_open", BigInteger, nullable=False),
+    Column("seen_ms", BigInteger, nullable=False),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_id", String(64), primary_key=True),
+    Column("trigger", String(16), nullable=False),  # clock | operator
+    Column("state", String(16), nullable=False),  # requested | running | done | skipped | failed
+    Column("outcome", String, nullable=False),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("finished_at_ms", BigInteger),
+)
+
+# A finished stage of a run, with what it produced; a resumed run goes on behind the last one.
+run_stages = Table(
+    "run_stages",
+    metadata,
+    Column("run_id", String(64), primary_key=True),
+    Column("stage", String(32), primary_key=True),
+    Column("output", Json, nullable=False),
+    Column("started_at_ms", BigInteger, nullable=False),
+    Column("finished_at_ms", BigInteger, nullable=False),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("holder", String(128), nullable=False),
+    Column("expires_at_ms", BigInteger, nullable=False),
+)
