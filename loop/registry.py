@@ -86,25 +86,31 @@ def register_candidate(
 
 
 def move(
-    engine: Engine, version: str, state: State, reason: str, now_ms: int, *, manifest: dict[str, Any] | None = None
+    connection: Connection,
+    version: str,
+    state: State,
+    reason: str,
+    now_ms: int,
+    *,
+    manifest: dict[str, Any] | None = None,
 ) -> None:
     """Move a version to `state`, adding `manifest` to its manifest. Moving it to where it is does nothing.
 
-    Raises RegistryError where TRANSITIONS does not allow it.
+    Takes a connection, so that the route moves in the same transaction. Raises RegistryError where TRANSITIONS does
+    not allow the move.
     """
-    with write(engine) as connection:
-        adapter = _get(connection, version)
-        if adapter.state == state:
-            return
-        if state not in TRANSITIONS[adapter.state]:
-            allowed = ", ".join(sorted(TRANSITIONS[adapter.state])) or "none"
-            raise RegistryError(f"adapter {version} is {adapter.state} and cannot become {state}; it may be: {allowed}")
-        connection.execute(
-            update(adapters)
-            .where(adapters.c.version == version)
-            .values(state=state, updated_at_ms=now_ms, manifest=adapter.manifest | (manifest or {}))
-        )
-        _note(connection, version, state, reason, now_ms)
+    adapter = _get(connection, version)
+    if adapter.state == state:
+        return
+    if state not in TRANSITIONS[adapter.state]:
+        allowed = ", ".join(sorted(TRANSITIONS[adapter.state])) or "none"
+        raise RegistryError(f"adapter {version} is {adapter.state} and cannot become {state}; it may be: {allowed}")
+    connection.execute(
+        update(adapters)
+        .where(adapters.c.version == version)
+        .values(state=state, updated_at_ms=now_ms, manifest=adapter.manifest | (manifest or {}))
+    )
+    _note(connection, version, state, reason, now_ms)
 
 
 def get_adapter(engine: Engine, version: str) -> Adapter:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Engine, delete, func, insert, select, update
+from dataclasses import asdict, replace
+
+from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 
 from loop.rollout.routing import Route
 from loop.store.engine import write
@@ -20,25 +22,25 @@ def read_route(engine: Engine, alias: str) -> Route:
     return Route(alias) if row is None else Route(**row._mapping)
 
 
-def write_route(engine: Engine, route: Route, *, expected_generation: int) -> Route:
-    """Set the route as generation `expected_generation` + 1, by compare and set. Raises RouteChangedError."""
-    following = Route(
-        route.alias, expected_generation + 1, route.live, route.canary, route.canary_share, route.since_ms
+def write_route(connection: Connection, route: Route, now_ms: int) -> Route:
+    """Set the route, by compare and set on the generation that `route` was read at; returns it as the next generation.
+
+    Takes a connection, so that the states of the adapters move in the same transaction. Raises RouteChangedError.
+    """
+    following = replace(route, generation=route.generation + 1, since_ms=now_ms)
+    if route.generation == 0:
+        known = connection.execute(select(routes.c.generation).where(routes.c.alias == route.alias)).scalar()
+        if known is not None:
+            raise RouteChangedError(f"route {route.alias!r} is at generation {known}, expected none")
+        connection.execute(insert(routes).values(**asdict(following)))
+        return following
+    changed = connection.execute(
+        update(routes)
+        .where(routes.c.alias == route.alias, routes.c.generation == route.generation)
+        .values(**asdict(following))
     )
-    with write(engine) as connection:
-        if expected_generation == 0:
-            known = connection.execute(select(routes.c.generation).where(routes.c.alias == route.alias)).scalar()
-            if known is not None:
-                raise RouteChangedError(f"route {route.alias!r} is at generation {known}, expected none")
-            connection.execute(insert(routes).values(**following.__dict__))
-        else:
-            changed = connection.execute(
-                update(routes)
-                .where(routes.c.alias == route.alias, routes.c.generation == expected_generation)
-                .values(**following.__dict__)
-            )
-            if changed.rowcount != 1:
-                raise RouteChangedError(f"route {route.alias!r} is no longer at generation {expected_generation}")
+    if changed.rowcount != 1:
+        raise RouteChangedError(f"route {route.alias!r} is no longer at generation {route.generation}")
     return following
 
 

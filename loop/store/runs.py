@@ -8,9 +8,8 @@ from typing import Any, Literal
 from sqlalchemy import Engine, delete, insert, select, update
 
 from loop.store.engine import write
-from loop.store.schema import leases
+from loop.store.schema import leases, runs
 from loop.store.schema import run_stages as stages
-from loop.store.schema import runs
 
 RunState = Literal["requested", "running", "done", "skipped", "failed"]
 Trigger = Literal["clock", "operator"]
@@ -111,7 +110,7 @@ def take_lease(engine: Engine, name: str, holder: str, now_ms: int, ttl_ms: int)
             .where(leases.c.name == name, (leases.c.holder == holder) | (leases.c.expires_at_ms < now_ms))
             .values(holder=holder, expires_at_ms=now_ms + ttl_ms)
         )
-        return taken.rowcount == 1
+        return bool(taken.rowcount == 1)
 
 
 def drop_lease(engine: Engine, name: str, holder: str) -> None:

@@ -1,0 +1,291 @@
+"""The `thumbwheel` command. Each command reads the settings, calls one function and prints what it gave.
+
+Nothing heavy is imported until a command needs it: the gateway starts without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loop.settings import Settings, SettingsError, TrainSettings, load_settings
+
+app = typer.Typer(
+    help="Users' thumbs become a better model every night.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(stderr=True)
+SettingsFile = Annotated[
+    Path | None, typer.Option("--settings", help="TOML file; else THUMBWHEEL_SETTINGS, else ./thumbwheel.toml")
+]
+
+
+def main() -> None:
+    """Run the command; bad input ends with status 2 and one clear line, not with a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as exc:  # SettingsError, RegistryError, row and event errors
+        console.print(f"[red]error[/]: {exc}", highlight=False, markup=True)
+        sys.exit(2)
+
+
+def _settings(path: Path | None) -> Settings:
+    return load_settings(path)
+
+
+def _until_terminated(serve: Callable[[threading.Event], None]) -> None:
+    """Run a service until SIGTERM or SIGINT has set its event and it has finished in order."""
+    from services.logging import set_up_logging
+
+    set_up_logging()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    serve(stop)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, default=str), flush=True)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def up(
+    settings: SettingsFile = None, logs: Annotated[Path, typer.Option(help="Folder of the logs.")] = Path("var/logs")
+) -> None:
+    """Run everything on this machine: the engine where `engine.start` says so, and all services."""
+    from services.up import run_up
+
+    raise typer.Exit(run_up(_settings(settings), settings, logs))
+
+
+@app.command()
+def gateway(settings: SettingsFile = None) -> None:
+    """Run the gateway in front of vLLM."""
+    from services.gateway.app import main as serve
+    from services.logging import set_up_logging
+
+    set_up_logging()
+    serve(_settings(settings))
+
+
+@app.command()
+def joiner(settings: SettingsFile = None) -> None:
+    """Run the consumer that joins responses with feedback."""
+    from services.joiner import run_joiner
+
+    tree = _settings(settings)
+    _until_terminated(lambda stop: run_joiner(tree, stop))
+
+
+@app.command()
+def scheduler(settings: SettingsFile = None) -> None:
+    """Run the clock: nightly runs, and the watch over the rollout."""
+    from services.scheduler import run_scheduler
+
+    tree = _settings(settings)
+    _until_terminated(lambda stop: run_scheduler(tree, stop))
+
+
+@app.command(name="console")
+def console_pages(settings: SettingsFile = None) -> None:
+    """Serve the operator pages."""
+    from services.console.app import main as serve
+    from services.logging import set_up_logging
+
+    set_up_logging()
+    serve(_settings(settings))
+
+
+# --- data, training, scoring -----------------------------------------------------------------------------------------
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="JSONL, JSON or Parquet with prompt, completion, label.")],
+    settings: SettingsFile = None,
+) -> None:
+    """Send logged answers and their labels through the same log as live traffic; twice is as once."""
+    from loop.importing import import_rows
+
+    _print_json(import_rows(_settings(settings), file))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    data: Annotated[Path, typer.Option(help="A snapshot's Parquet file, or JSONL of the KTO form.")],
+    model: Annotated[Path, typer.Option(help="Base model in Transformers' layout.")],
+    out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    settings: SettingsFile = None,
+) -> None:
+    """Train one adapter. Every setting of [train] is a flag too, for instance --beta 0.2 --quantization none."""
+    section = _with_flags(_settings(settings).train, context.args)
+    from loop.kto.train import train as train_adapter
+
+    _print_json(train_adapter(section, data, model, out))
+
+
+@app.command()
+def score(
+    model: Annotated[Path, typer.Option(help="Base model in Transformers' layout.")],
+    data: Annotated[Path, typer.Option(help="Rows (prompt, completion, label) or pairs (prompt, chosen, rejected).")],
+    adapter: Annotated[Path | None, typer.Option(help="Adapter in PEFT's layout.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Jinja chat template, or a file of one.")] = None,
+    quantization: Annotated[Literal["none", "nf4"], typer.Option(help="The base's weights.")] = "none",
+    settings: SettingsFile = None,
+) -> None:
+    """Score rows or pairs by their log-probs."""
+    section = _settings(settings).train
+    from loop.kto.score import score as score_file
+
+    section = section.model_copy(
+        update={"quantization": quantization, "chat_template": chat_template or section.chat_template}
+    )
+    _print_json(score_file(section, model, adapter, data))
+
+
+def _with_flags(section: TrainSettings, arguments: list[str]) -> TrainSettings:
+    """The section with `--key value` or `--key=value` flags over it, checked like the file's values."""
+    flags: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        flag, separator, value = rest.pop(0).partition("=")
+        key = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or key not in TrainSettings.model_fields:
+            raise SettingsError(f"{flag}: unknown flag; expected one of the settings of [train], such as --beta 0.1")
+        if not separator:
+            if not rest:
+                raise SettingsError(f"{flag}: expected a value behind it")
+            value = rest.pop(0)
+        flags[f"THUMBWHEEL_TRAIN__{key.upper()}"] = value
+    checked = load_settings(Path(os.devnull), flags) if flags else None
+    changed = {} if checked is None else {key: getattr(checked.train, key) for key in checked.train.model_fields_set}
+    return section.model_copy(update=changed)
+
+
+# --- the nightly run and the rollout ---------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    settings: SettingsFile = None,
+    wait: Annotated[bool, typer.Option(help="Stay until the run has ended.")] = True,
+) -> None:
+    """Start a nightly run now: by the scheduler where one is running, else here."""
+    from loop.nightly import new_run_id, run_night
+    from loop.rollout.swap import open_fleet
+    from loop.store import open_store
+    from loop.store.runs import drop_lease, get_run, request_run, take_lease
+    from services.logging import set_up_logging
+    from services.status import follow_run
+
+    tree = _settings(settings)
+    store = open_store(tree.store)
+    now_ms, holder = int(time.time() * 1000), f"cli-{os.getpid()}"
+    asked = request_run(store, new_run_id(now_ms), "operator", now_ms)
+    if take_lease(store, "rollout", holder, now_ms, 24 * 3_600_000):  # no scheduler holds it
+        set_up_logging()
+        try:
+            stop = threading.Event()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: stop.set())
+            run_night(tree, open_fleet(tree, store), asked, stop)
+        finally:
+            drop_lease(store, "rollout", holder)
+    elif wait:
+        follow_run(store, tree, asked.run_id, console)
+    ended = get_run(store, asked.run_id)
+    assert ended is not None
+    report = tree.scheduler.runs_dir / asked.run_id / "report.html"
+    _print_json({**vars(ended), "report": str(report) if report.is_file() else None})
+    if ended.state == "failed":
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(settings: SettingsFile = None) -> None:
+    """Show what serves, what ran and what is waiting."""
+    from loop.store import open_store
+    from services.status import show_status
+
+    tree = _settings(settings)
+    show_status(open_store(tree.store), tree, Console())
+
+
+@app.command()
+def adapters(settings: SettingsFile = None) -> None:
+    """List every adapter version, with its state, lineage and verdict."""
+    from loop.registry import list_adapters
+    from loop.store import open_store
+
+    table = Table("version", "state", "parent", "run", "snapshot", "verdict", "path")
+    for adapter in list_adapters(open_store(_settings(settings).store)):
+        snapshot, verdict = adapter.manifest.get("snapshot", ""), adapter.manifest.get("verdict", "")
+        table.add_row(
+            adapter.version,
+            adapter.state,
+            adapter.parent or "base",
+            adapter.run_id,
+            snapshot[:12],
+            verdict,
+            adapter.path,
+        )
+    Console().print(table)
+
+
+@app.command()
+def promote(version: Annotated[str, typer.Argument(help="v000012")], settings: SettingsFile = None) -> None:
+    """Give all of the traffic to a version that has passed the gate."""
+    from loop.rollout.swap import go_live
+
+    _move(settings, lambda fleet, now_ms: go_live(fleet, version, "promoted by an operator", now_ms))
+
+
+@app.command()
+def rollback(
+    settings: SettingsFile = None, reason: Annotated[str, typer.Option(help="Kept in the history.")] = "by an operator"
+) -> None:
+    """Take back the canary, else the live version, at once."""
+    from loop.rollout.swap import roll_back
+
+    _move(settings, lambda fleet, now_ms: roll_back(fleet, f"rolled back: {reason}", now_ms))
+
+
+def _move(path: Path | None, change: Callable[[Any, int], Any]) -> None:
+    from loop.rollout.swap import open_fleet, wait_for_gateways
+    from loop.store import open_store
+
+    tree = _settings(path)
+    fleet = open_fleet(tree, open_store(tree.store))
+    route = change(fleet, int(time.time() * 1000))
+    acknowledged = wait_for_gateways(fleet, route.generation, tree.rollout.drain_timeout_s)
+    _print_json({**vars(route), "acknowledged": acknowledged})
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@app.command(name="settings")
+def settings_(settings: SettingsFile = None) -> None:
+    """Print the effective settings, secrets masked."""
+    print(_settings(settings).model_dump_json(indent=2))
+
+
+if __name__ == "__main__":
+    main()

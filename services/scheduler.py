@@ -1,0 +1,126 @@
+"""The clock: starts the nightly run, works on what was requested, watches the rollout.
+
+Three APScheduler jobs, each never beside itself: the crontab line asks for a run; the worker does the run that is
+asked for or was interrupted, under a lease with a heartbeat; the watch looks at the rollout every tick, also while a
+run is going on. It takes no decisions: those are in `loop.nightly` and `loop.rollout`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.cron import CronTrigger
+from prometheus_client import start_http_server
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from loop import metrics
+from loop.nightly import Interrupted, new_run_id, run_night
+from loop.rollout.swap import open_fleet
+from loop.rollout.vllm import EngineError
+from loop.rollout.watch import tick
+from loop.settings import Settings
+from loop.store import open_store
+from loop.store.routes import RouteChangedError
+from loop.store.runs import drop_lease, next_run, request_run, take_lease
+
+log = logging.getLogger("thumbwheel.scheduler")
+
+
+def run_scheduler(settings: Settings, stop: threading.Event) -> None:
+    """Serve until `stop` is set. A run in progress is interrupted at its stage and resumed by the next start."""
+    store = open_store(settings.store)
+    clock = settings.scheduler
+    start_http_server(clock.metrics_port, addr=settings.gateway.host)
+    fleet = open_fleet(settings, store)
+    holder = f"{socket.gethostname()}-{os.getpid()}"
+    scheduler = BackgroundScheduler(timezone=clock.timezone)
+    trigger = CronTrigger.from_crontab(clock.cron, timezone=clock.timezone)
+    scheduler.add_job(lambda: ask_for_run(store), trigger, id="clock", coalesce=True, misfire_grace_time=3600)
+
+    def work() -> None:
+        run = next_run(store)
+        if run is not None and _take(store, "run", holder, clock.lease_s):
+            with _Heartbeat(
+                lambda: _take(store, "run", holder, clock.lease_s), clock.lease_s / 3, stop
+            ) as lost_or_stop:
+                try:
+                    run_night(settings, fleet, run, lost_or_stop)
+                except Interrupted as exc:
+                    log.warning(
+                        "run interrupted", extra={"action": "run_interrupted", "run": run.run_id, "why": str(exc)}
+                    )
+                finally:
+                    drop_lease(store, "run", holder)
+
+    def watch() -> None:
+        next_at = scheduler.get_job("clock").next_run_time
+        metrics.scheduler_next_run_timestamp_seconds.set(next_at.timestamp() if next_at else 0)
+        if not _take(store, "rollout", holder, max(clock.lease_s, 10 * clock.tick_s)):
+            return
+        try:
+            tick(fleet, int(time.time() * 1000))
+        except (EngineError, RouteChangedError, SQLAlchemyError) as exc:
+            log.error("rollout not looked at", extra={"action": "watch_failed", "why": str(exc)})
+
+    for name, job in (("work", work), ("watch", watch)):
+        scheduler.add_job(job, "interval", seconds=clock.tick_s, id=name, max_instances=1, coalesce=True)
+    scheduler.start()
+    log.info("scheduler started", extra={"action": "started", "next_run": scheduler.get_job("clock").next_run_time})
+    stop.wait()
+    scheduler.shutdown(wait=True)
+    drop_lease(store, "rollout", holder)
+    store.dispose()
+
+
+def ask_for_run(store: Engine) -> None:
+    """What the clock does: ask for a run, unless one is asked for already."""
+    now_ms = int(time.time() * 1000)
+    run = request_run(store, new_run_id(now_ms), "clock", now_ms)
+    log.info("run requested", extra={"action": "run_requested", "run": run.run_id})
+
+
+def _take(store: Engine, name: str, holder: str, lease_s: float) -> bool:
+    return take_lease(store, name, holder, int(time.time() * 1000), int(lease_s * 1000))
+
+
+class _Heartbeat:
+    """Renews a lease in the background; the event that it gives is set once the lease is lost or the process stops."""
+
+    def __init__(self, renew: Callable[[], bool], every_s: float, stop: threading.Event) -> None:
+        self._renew, self._every_s, self._stop = renew, every_s, stop
+        self._over = threading.Event()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> threading.Event:
+        self._thread.start()
+        return self._ended
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        last = time.monotonic()
+        while not self._over.wait(0.1):
+            if self._stop.is_set():
+                self._ended.set()
+                return
+            if time.monotonic() - last < self._every_s:
+                continue
+            last = time.monotonic()
+            try:
+                held = self._renew()
+            except SQLAlchemyError as exc:
+                log.error("heartbeat failed", extra={"action": "heartbeat_failed", "why": str(exc)})
+                continue
+            if not held:
+                self._ended.set()
+                return
