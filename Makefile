@@ -1,0 +1,46 @@
+# Every target makes what it needs by itself: Python 3.11, make and the package registries are enough.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+export PYTHON
+
+.PHONY: help install demo test lint bench bench-trainer bench-gateway bench-join demo-model clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+
+install: $(INSTALLED) ## .venv with everything, exactly pinned
+
+$(INSTALLED): deploy/requirements.lock deploy/install.sh pyproject.toml
+	@deploy/install.sh python
+
+demo: $(INSTALLED) ## the whole loop on one worked example, before and after
+	@$(BIN)/python -m deploy.demo.run
+
+demo-model: $(INSTALLED) ## train the demo's base model again
+	@$(BIN)/python -m deploy.demo.train_base
+
+lint: $(INSTALLED) ## ruff and mypy --strict
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+test: lint ## lint and every test, the real vLLM included
+	@deploy/install.sh debian postgres chromium promtool
+	@$(BIN)/pytest -q --durations=15
+
+bench: bench-gateway bench-join bench-trainer ## every benchmark; JSON lines
+
+bench-gateway: $(INSTALLED) ## latency that the gateway adds, against direct and nginx
+	@deploy/install.sh debian nginx
+	@$(BIN)/python -m tests.bench.gateway
+
+bench-join: $(INSTALLED) ## joined events a second
+	@$(BIN)/python -m tests.bench.join
+
+bench-trainer: $(INSTALLED) ## rows a second and memory, against TRL
+	@$(BIN)/python -m tests.bench.trainer
+
+clean: ## everything that was made: environment, caches, var/
+	rm -rf .venv var build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
