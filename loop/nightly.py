@@ -138,8 +138,14 @@ def _train(night: Night, snapshot: dict[str, Any]) -> dict[str, Any]:
     settings_file.write_text(settings.model_dump_json(indent=1))
     command = ["loop.kto.train", "--settings-json", str(settings_file), "--data", snapshot["train_path"]]
     command += ["--model", str(night.settings.engine.model), "--out", str(out)]
-    _run_module(night, command, night.dir / "train.log", settings.deadline_s + 600, follow=out / "metrics.jsonl")
-    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    _run_module(
+        night,
+        command,
+        night.dir / "train.log",
+        settings.deadline_s + 600,
+        follow=out.with_name(out.name + ".partial") / "metrics.jsonl",
+    )
+    result: dict[str, Any] = json.loads((out / "metrics.json").read_text())
     return {"path": str(out.absolute()), **result}
 
 
@@ -247,7 +253,13 @@ def _run_module(
     """
     deadline = time.monotonic() + deadline_s
     with log_path.open("ab") as output:
-        child = subprocess.Popen([sys.executable, "-m", *command], stdout=output, stderr=output, start_new_session=True)
+        child = subprocess.Popen(
+            [sys.executable, "-m", "loop.child", *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
         try:
             while child.poll() is None:
                 if night.stop.wait(0.2):
@@ -271,6 +283,8 @@ def _end(child: subprocess.Popen[bytes], patience_s: float = 30.0) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+    assert child.stdin is not None
+    child.stdin.close()
 
 
 def _show_progress(path: Path) -> None:

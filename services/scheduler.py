@@ -28,7 +28,7 @@ from loop.rollout.watch import tick
 from loop.settings import Settings
 from loop.store import open_store
 from loop.store.routes import RouteChangedError
-from loop.store.runs import drop_lease, next_run, request_run, take_lease
+from loop.store.runs import Run, drop_lease, next_run, request_run, take_lease
 
 log = logging.getLogger("thumbwheel.scheduler")
 
@@ -79,11 +79,12 @@ def run_scheduler(settings: Settings, stop: threading.Event) -> None:
     store.dispose()
 
 
-def ask_for_run(store: Engine) -> None:
+def ask_for_run(store: Engine) -> Run:
     """What the clock does: ask for a run, unless one is asked for already."""
     now_ms = int(time.time() * 1000)
     run = request_run(store, new_run_id(now_ms), "clock", now_ms)
     log.info("run requested", extra={"action": "run_requested", "run": run.run_id})
+    return run
 
 
 def _take(store: Engine, name: str, holder: str, lease_s: float) -> bool:

@@ -47,7 +47,7 @@ def follow_run(store: Engine, settings: Settings, run_id: str, console: Console)
                 return
             done = len(run_stages(store, run_id))
             stage = STAGES[min(done, len(STAGES) - 1)]
-            detail = _last_step(settings.train.dir / run_id / "metrics.jsonl") if stage == "train" else ""
+            detail = _last_step(settings.train.dir / f"{run_id}.partial" / "metrics.jsonl") if stage == "train" else ""
             progress.update(task, completed=done, description=f"{run_id} {stage} {detail}")
             time.sleep(0.3)
 

@@ -48,9 +48,7 @@ def test_the_null_is_maximised_over_its_border(a: int, b: int, c: int, d: int, d
         for q in grid
         if p >= q - drop
     )
-    beta = sum(
-        math.lgamma(t.up + 1) + math.lgamma(t.down + 1) - math.lgamma(t.total + 2) for t in (new, old)
-    )
+    beta = sum(math.lgamma(t.up + 1) + math.lgamma(t.down + 1) - math.lgamma(t.total + 2) for t in (new, old))
     assert math.log(e_value(new, old, drop)) <= beta - best + 1e-9  # the grid can only miss the maximum
 
 

@@ -1,0 +1,97 @@
+"""Fixtures that more than one part's tests need: free ports, a store, and the real engine, started once a session."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine
+
+from loop.settings import EngineSettings, Settings, StoreSettings
+from loop.store import open_store
+from services.up import engine_command
+
+ROOT = Path(__file__).parent.parent
+DEMO_MODEL = ROOT / "deploy" / "demo" / "model"
+CPU_ARGS = ["--dtype", "float32", "--enforce-eager"]
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@dataclass
+class RealEngine:
+    """A vLLM server on the demo's base model; `restart` kills it and starts it again, its adapters forgotten."""
+
+    url: str
+    base_name: str
+    model_dir: Path
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        settings = Settings(
+            engine=EngineSettings(
+                urls=[self.url], model=self.model_dir, base_name=self.base_name, max_model_len=512, start_args=CPU_ARGS
+            )
+        )
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                engine_command(settings), stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"vLLM ended while starting:\n{self.log.read_text()[-3000:]}"
+            try:
+                with urllib.request.urlopen(self.url + "/health", timeout=2):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)  # polled until it answers, within the deadline above
+        raise AssertionError(f"vLLM did not start within 240 s:\n{self.log.read_text()[-3000:]}")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEngine]:
+    """The real vLLM, on the demo's base model, with runtime LoRA loading."""
+    log = tmp_path_factory.mktemp("engine") / "vllm.log"
+    server = RealEngine(f"http://127.0.0.1:{free_port()}", "support-base", DEMO_MODEL, log)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Engine]:
+    """An empty SQLite store."""
+    opened = open_store(StoreSettings(url=SecretStr(f"sqlite:///{tmp_path}/store.db")))
+    yield opened
+    opened.dispose()

@@ -1,0 +1,183 @@
+"""Real people's thumbs through the real processes: import, join, a nightly run with training and gate, and a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loop.store.examples import count_labels
+
+from loop.registry import list_adapters
+from loop.settings import Settings, load_settings
+from loop.store import open_store
+from loop.store.runs import list_runs, run_stages
+from tests.conftest import DEMO_MODEL, ROOT, free_port
+
+SHARED = ROOT.parent / "shared"
+VOTES = SHARED / "data" / "oasst" / "oasst_thumbs_kto.jsonl"
+STORIES = SHARED / "models" / "stories260K"
+needs_votes = pytest.mark.skipif(not VOTES.is_file(), reason=f"no OpenAssistant votes at {VOTES}")
+
+
+def settings_file(tmp_path: Path) -> Path:
+    """Settings with everything below `tmp_path`, an engine that is not there, and training in a small budget."""
+    path = tmp_path / "thumbwheel.toml"
+    path.write_text(f"""
+[engine]
+urls = ["http://127.0.0.1:{free_port()}"]
+model = "{DEMO_MODEL}"
+[log]
+path = "{tmp_path}/log.db"
+[store]
+url = "sqlite:///{tmp_path}/store.db"
+[joiner]
+metrics_port = {free_port()}
+[snapshot]
+dir = "{tmp_path}/snapshots"
+min_labels = 300
+window_days = 3650
+[train]
+dir = "{tmp_path}/adapters"
+max_length = 256
+truncation = "keep_end"
+save_steps = 4
+[gate]
+bootstrap_samples = 200
+[scheduler]
+runs_dir = "{tmp_path}/runs"
+metrics_port = {free_port()}
+""")
+    return path
+
+
+def thumbwheel(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-m", "services.cli", *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return value
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.05)  # polled, within the deadline above
+
+
+def start(service: str, path: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "services.cli", service, "--settings", str(path)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=(path.parent / f"{service}.log").open("ab"))
+
+
+def join_everything(path: Path, settings: Settings, labels: int) -> None:
+    joiner = start("joiner", path)
+    try:
+        store = open_store(settings.store)
+        wait_for(lambda: count_labels(store, date.min) >= labels, f"{labels} labels")
+        store.dispose()
+    finally:
+        joiner.send_signal(signal.SIGTERM)
+        assert joiner.wait(30) == 0
+
+
+@needs_votes
+def test_a_night_on_real_votes_is_never_a_pass_without_evidence(tmp_path: Path) -> None:
+    path = settings_file(tmp_path)
+    settings = load_settings(path, {})
+    early = last_json(thumbwheel("run", "--settings", str(path)))
+    assert (early["state"], early["outcome"]) == ("skipped", "skipped: 0 of 300 labels")
+    for _ in range(2):  # twice imported is as once
+        thumbwheel("import", str(VOTES), "--settings", str(path))
+    join_everything(path, settings, 430)
+    store = open_store(settings.store)
+    assert count_labels(store, date.min) == 430
+
+    run = last_json(thumbwheel("run", "--settings", str(path)))
+    assert run["state"] == "done", run
+    verdict = json.loads((tmp_path / "runs" / run["run_id"] / "gate.json").read_text())
+    assert verdict["verdict"] in ("insufficient", "fail")  # the engine was away: serve skew cannot be computed
+    assert {c["verdict"] for c in verdict["checks"]} & {"insufficient", "fail"}
+    assert Path(run["report"]).read_text().startswith("<!")
+    adapter = list_adapters(store)[0]
+    assert (adapter.version, adapter.state) == ("v000001", "rejected")
+    assert (Path(adapter.path) / "adapter_model.safetensors").is_file()
+    assert [stage.stage for stage in run_stages(store, run["run_id"])] == [
+        "snapshot", "train", "register", "gate", "rollout",
+    ]  # fmt: skip
+    assert "rejected" in thumbwheel("adapters", "--settings", str(path)).stdout
+    assert run["run_id"] in thumbwheel("status", "--settings", str(path)).stdout
+    refused = thumbwheel("promote", "v000001", "--settings", str(path), check=False)
+    assert refused.returncode == 2
+    assert "rejected" in refused.stderr
+
+
+@needs_votes
+def test_a_scheduler_killed_in_training_is_resumed_at_that_stage(tmp_path: Path) -> None:
+    path = settings_file(tmp_path)
+    environment = {"THUMBWHEEL_SCHEDULER__LEASE_S": "2"}
+    settings = load_settings(path, environment)
+    thumbwheel("import", str(VOTES), "--settings", str(path))
+    join_everything(path, settings, 430)
+    store = open_store(settings.store)
+    os.environ.update(environment)
+    try:
+        first = start("scheduler", path)
+        wait_for(lambda: (tmp_path / "scheduler.log").read_text().count('"started"') == 1, "the scheduler")
+        asked = subprocess.Popen([sys.executable, "-m", "services.cli", "run", "--settings", str(path)], cwd=ROOT)
+        steps = tmp_path / "adapters"
+        wait_for(
+            lambda: any(p.stat().st_size for p in steps.glob("*.partial/metrics.jsonl")), "the first training steps"
+        )
+        first.kill()
+        first.wait()
+        run_id = list_runs(store)[0].run_id
+        assert [stage.stage for stage in run_stages(store, run_id)] == ["snapshot"]
+        second = start("scheduler", path)
+        assert asked.wait(240) == 0
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(60) == 0
+    finally:
+        for name in environment:
+            del os.environ[name]
+    assert len(list_runs(store)) == 1
+    assert list_runs(store)[0].state == "done"
+    assert [adapter.run_id for adapter in list_adapters(store)] == [run_id]
+
+
+@needs_votes
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no stories260K at {STORIES}")
+def test_train_and_score_on_a_model_that_is_not_ours(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    figures = last_json(
+        thumbwheel(
+            "train", "--data", str(VOTES), "--model", str(STORIES), "--out", str(tmp_path / "adapter"),
+            "--chat-template", template, "--max-length", "256", "--truncation", "keep_end", "--beta=0.2",
+        )
+    )  # fmt: skip
+    assert figures["rows"] > 300
+    assert {"rows_per_s", "train_s", "peak_rss_mb", "loss", "kl"} <= set(figures)
+    pairs = SHARED / "data" / "oasst" / "oasst_ranked_pairs.jsonl"
+    scores = last_json(
+        thumbwheel(
+            "score", "--model", str(STORIES), "--adapter", str(tmp_path / "adapter"), "--data", str(pairs),
+            "--chat-template", template,
+        )
+    )  # fmt: skip
+    for figure in ("accuracy_sum", "accuracy_mean", "accuracy_reward"):
+        assert 0 <= scores[figure] <= 1
