@@ -34,13 +34,13 @@ install_python() {
     # Two installs at once, of disjoint packages: the lock has no torch, and neither looks at dependencies. Modules are
     # compiled when they are first imported: most never are.
     echo "install.sh: $TORCH and the packages of deploy/requirements.lock, some minutes"
-    .venv/bin/pip install -q --no-compile --no-deps "$TORCH" &
+    .venv/bin/pip install -qq --no-compile --no-deps "$TORCH" &
     local torch=$!
-    .venv/bin/pip install -q --no-compile --no-deps -r deploy/requirements.lock || { kill "$torch"; exit 1; }
+    .venv/bin/pip install -qq --no-compile --no-deps -r deploy/requirements.lock || { kill "$torch"; exit 1; }
     wait "$torch"
     # Where the torch build brings CUDA libraries as dependencies, they come now; a CPU build asks for nothing more.
-    .venv/bin/pip install -q --no-compile "$TORCH"
-    .venv/bin/pip install -q --no-compile --no-deps --no-build-isolation -e .
+    .venv/bin/pip install -qq --no-compile "$TORCH"
+    .venv/bin/pip install -qq --no-compile --no-deps --no-build-isolation -e .
     touch "$stamp"
 }
 

@@ -28,7 +28,9 @@ class SettingsError(ValueError):
 class Section(BaseModel):
     """One part's settings; unknown keys are refused, values are never changed after the start."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class EngineSettings(Section):
@@ -393,4 +395,14 @@ def _explain(error: Any) -> str:
         return f"{key} = {error['input']!r}: unknown key; `thumbwheel settings` prints the known ones"
     if error["type"] == "value_error":
         return str(error["msg"]).removeprefix("Value error, ")
-    return f"{key} = {error['input']!r}: {error['msg']}"
+    value = "(secret)" if _is_secret(error["loc"]) else repr(error["input"])
+    return f"{key} = {value}: {error['msg']}"
+
+
+def _is_secret(location: tuple[Any, ...]) -> bool:
+    """Whether the setting is of a secret type: then a refused value is not shown either."""
+    section = Settings.model_fields[str(location[0])].annotation if location else None
+    if len(location) < 2 or section is None or not issubclass(section, Section):
+        return False
+    field = section.model_fields.get(str(location[1]))
+    return field is not None and "SecretStr" in repr(field.annotation)
