@@ -1,0 +1,120 @@
+"""Opens the store: one SQLAlchemy engine over SQLite or Postgres, with its schema made. Knows no table's meaning.
+
+How to use the engine:
+
+- read: `with engine.connect() as connection:`. On SQLite this is one snapshot that blocks nobody; never write in it,
+  for a reader that turns writer fails at once when somebody wrote in between (SQLITE_BUSY_SNAPSHOT).
+- write: `with write(engine) as connection:`. Commits at the end, rolls back on an exception. On SQLite it takes the
+  write lock first (waiting up to BUSY_TIMEOUT_S), so keep it short: read and compute before, aim at 50 ms.
+
+Engines may be shared by threads, never across a fork.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import OperationalError
+
+from loop.settings import StoreSettings
+from loop.store.schema import metadata
+
+BUSY_TIMEOUT_S = 30.0
+# Below Kafka's session time-out (10 s at the least that clients use): a writer that was stopped in its last transaction
+# loses its locks before anybody else is given its partitions.
+IDLE_IN_TRANSACTION_S = 5.0
+_SCHEMA_LOCK = 0x7468756D62  # any constant will do; "thumb"
+_WRITES = "thumbwheel_writes"
+
+
+def open_store(settings: StoreSettings) -> Engine:
+    """The engine of the settings' URL, its schema made where it is not there; several processes may do so at once.
+
+    Raises ValueError for a URL of another kind, sqlalchemy.exc.OperationalError where the server cannot be reached.
+    """
+    url = make_url(settings.url.get_secret_value())
+    backend = url.get_backend_name()
+    if backend == "sqlite":
+        return _open_sqlite(url)
+    if backend == "postgresql":
+        return _open_postgres(url, settings.pool_size)
+    raise ValueError(
+        f"store.url is {url.render_as_string()!r}; expected sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DB"
+    )
+
+
+@contextmanager
+def write(engine: Engine) -> Iterator[Connection]:
+    """A writing transaction: commits at the end, rolls back on an exception."""
+    with engine.connect() as connection:
+        if engine.dialect.name == "sqlite":
+            connection = connection.execution_options(**{_WRITES: True})
+        with connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.execute(
+                    text(f"SET LOCAL idle_in_transaction_session_timeout = {int(IDLE_IN_TRANSACTION_S * 1000)}")
+                )
+            yield connection
+
+
+def _open_sqlite(url: URL) -> Engine:
+    if not url.database or url.database == ":memory:":
+        raise ValueError("store.url names no file; expected sqlite:///FILE, for several processes share the store")
+    Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url)
+
+    @event.listens_for(engine, "connect")
+    def set_up(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves: the driver would only do it before the first write
+        connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
+        connection.execute("PRAGMA synchronous = NORMAL")  # positions and what they cover are lost together, or not
+        connection.execute("PRAGMA foreign_keys = OFF")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get(_WRITES, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            _make_sqlite_schema(engine)
+            return engine
+        except (OperationalError, sqlite3.OperationalError) as exc:
+            # Changing to WAL does not wait for the busy time-out while another process does the same.
+            if "locked" not in str(exc) or time.monotonic() > deadline:
+                engine.dispose()
+                raise
+            time.sleep(0.02)
+
+
+def _make_sqlite_schema(engine: Engine) -> None:
+    # Outside of SQLAlchemy's transaction, in which the journal's mode cannot be changed.
+    connection = sqlite3.connect(str(engine.url.database), timeout=BUSY_TIMEOUT_S)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+    finally:
+        connection.close()
+    with write(engine) as transaction:
+        metadata.create_all(transaction)
+
+
+def _open_postgres(url: URL, pool_size: int) -> Engine:
+    engine = create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        pool_size=pool_size,
+        max_overflow=0,  # the pool is the bound: callers wait for a connection
+        pool_pre_ping=True,  # a restarted server costs a new connection, not an error
+        connect_args={"application_name": "thumbwheel", "connect_timeout": 10},
+    )
+    with write(engine) as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _SCHEMA_LOCK})
+        metadata.create_all(connection)
+    return engine
