@@ -114,14 +114,19 @@ def _clusters(words: U64, starts: I64, ends: I64, similarity: float) -> I64:
     shingles, offsets = _bigrams(words, starts, ends)
     bands = _bands(shingles, offsets, similarity)  # [bands, n]
     sets, set_offsets = _unique_sets(shingles, offsets)
+    sizes = np.diff(set_offsets)
     parent = np.arange(len(starts), dtype=np.int64)
     for index, band in enumerate(bands):
         # Within a bucket, prompts that agree on the next band too come to lie side by side.
         order = np.lexsort((bands[(index + 1) % len(bands)], band))
         left, right = _candidates(band[order])
         left, right = order[left], order[right]
-        apart = parent[left] != parent[right]
-        pairs = np.unique(np.stack([left[apart], right[apart]], axis=1), axis=0)
+        # Sets whose sizes differ by more than the threshold cannot be similar enough: most pairs end here.
+        apart = (parent[left] != parent[right]) & (
+            np.minimum(sizes[left], sizes[right]) >= similarity * np.maximum(sizes[left], sizes[right])
+        )
+        packed = np.unique(left[apart] << 32 | right[apart])
+        pairs = np.stack([packed >> 32, packed & 0xFFFFFFFF], axis=1)
         similar = _jaccard(sets, set_offsets, pairs) >= similarity
         parent = _unite(parent, pairs[similar])
     return parent
