@@ -24,6 +24,7 @@ class Record(NamedTuple):
     key: str
     value: bytes
     timestamp_ms: int
+    headers: Mapping[str, str] = {}
 
 
 class LogUnavailableError(ConnectionError):

@@ -1,0 +1,198 @@
+"""The embedded log: topics, partitions, offsets and groups in one SQLite file of its own, for one machine.
+
+The gateways' spool is the same class: there `write` (survives kill -9) and `sync` (survives a power cut) are called
+apart, `used_bytes` is held against the quota, and `drop_before` frees what was forwarded. It knows nothing of what the
+bytes mean.
+
+One object may be used by several threads (its methods take turns on one connection); each consumer has a connection of
+its own and reads while others write.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+from loop.log import LogUnavailableError, NewRecord, Record
+from loop.log.file import OFFSET_BITS, open_file, read_slot, sync_folder, transaction, unavailable
+from loop.log.groups import GroupConsumer
+from loop.log.partition import partition_of
+
+RETENTION_EVERY_S = 60.0
+RETENTION_ROWS = 1_000  # deleted in one transaction, so that appends do not wait for long
+
+
+class EmbeddedLog:
+    """An EventLog in the file `path`, which is made where it is not there. Topics come to be when they are named."""
+
+    def __init__(self, path: Path, partitions: int = 4, retention_s: float | None = None) -> None:
+        """`partitions` is for a new file; an old one keeps its own, the same for all its topics (keys must meet).
+
+        Raises LogUnavailableError.
+        """
+        self.path = path
+        self._retention_s = retention_s
+        self._next_retention = 0.0
+        self._lock = threading.RLock()
+        self._slots: dict[str, list[int]] = {}
+        with unavailable(path):
+            self._connection = open_file(path)
+        with self._transaction() as connection:
+            connection.execute("INSERT OR IGNORE INTO meta VALUES ('partitions', ?)", (str(partitions),))
+        self.partitions = int(self.get_meta("partitions") or partitions)
+        self._wal = os.open(f"{path}-wal", os.O_RDONLY)
+        sync_folder(path.parent)
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def append(self, records: Sequence[NewRecord]) -> None:
+        """Write and sync: on disk when it returns. Raises LogUnavailableError."""
+        self.write(records)
+        self.sync()
+
+    def write(self, records: Sequence[NewRecord], meta: Mapping[str, str] | None = None) -> None:
+        """Commit the records, and `meta` with them, in one transaction: what survives kill -9 of the process, not yet a
+        power cut. Raises LogUnavailableError, with none of them written.
+        """
+        now_ms = int(time.time() * 1000)
+        with self._transaction() as connection:
+            placed = sorted(
+                ((self._slot(connection, record.topic, record.key), record) for record in records), key=lambda at: at[0]
+            )
+            for slot, group in groupby(placed, key=lambda at: at[0]):
+                rows = [record for _, record in group]
+                (end,) = connection.execute(
+                    "UPDATE slots SET next = next + ? WHERE slot = ? RETURNING next", (len(rows), slot)
+                ).fetchone()
+                first = (slot << OFFSET_BITS) + end - len(rows)
+                connection.executemany(
+                    "INSERT INTO records (id, timestamp_ms, key, headers, value) VALUES (?, ?, ?, ?, ?)",
+                    (
+                        (first + n, now_ms, key, json.dumps(dict(headers)) if headers else None, value)
+                        for n, (_, key, value, headers) in enumerate(rows)
+                    ),
+                )
+            for name, value in (meta or {}).items():
+                connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+        if self._retention_s is not None and time.monotonic() > self._next_retention:
+            self._next_retention = time.monotonic() + RETENTION_EVERY_S
+            self.drop_older_than(now_ms - int(self._retention_s * 1000))
+
+    def sync(self) -> None:
+        """fsync what `write` has committed. Raises LogUnavailableError."""
+        try:
+            # The WAL is enough: a checkpoint that moved rows into the database file has synced both by itself.
+            os.fdatasync(self._wal)
+        except OSError as exc:
+            raise LogUnavailableError(f"embedded log {self.path}: {exc}") from exc
+
+    def put_meta(self, name: str, value: str) -> None:
+        """Keep a small value (a clock's last stamp), as durable as `write`."""
+        self.write((), {name: value})
+
+    def get_meta(self, name: str) -> str | None:
+        """A kept value."""
+        with self._lock, unavailable(self.path):
+            row = self._connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def consumer(self, group: str, topics: Sequence[str]) -> GroupConsumer:
+        """A new member of the group; it reads a partition from its first record on until it is told to seek."""
+        slots = {}
+        with self._transaction() as connection:
+            for topic in topics:
+                for partition, slot in enumerate(self._topic(connection, topic)):
+                    slots[topic, partition] = slot
+        return GroupConsumer(self.path, group, slots)
+
+    def read(self, topic: str, partition: int, offset: int, max_records: int) -> list[Record]:
+        """At most `max_records` records from `offset` on, or from the first one that is still there."""
+        with self._lock, unavailable(self.path):
+            slot = self._topic(self._connection, topic)[partition]
+            return read_slot(self._connection, topic, partition, slot, offset, max_records)
+
+    def end_offsets(self, topic: str) -> dict[int, int]:
+        """The next offset of each partition."""
+        with self._lock, unavailable(self.path):
+            query = "SELECT partition, next FROM slots WHERE topic = ? ORDER BY partition"
+            found = dict(self._connection.execute(query, (topic,)).fetchall())
+        return found or dict.fromkeys(range(self.partitions), 0)
+
+    def used_bytes(self) -> int:
+        """Disk that the records take, in whole pages; freed ones count no more, though the file does not shrink."""
+        with self._lock, unavailable(self.path):
+            pages, free, size = (
+                self._connection.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("page_count", "freelist_count", "page_size")
+            )
+        return int((pages - free) * size)
+
+    # --- freeing -----------------------------------------------------------------------------------------------------
+
+    def drop_before(self, topic: str, partition: int, offset: int) -> None:
+        """Delete a partition's records below `offset`."""
+        with self._transaction() as connection:
+            first = self._topic(connection, topic)[partition] << OFFSET_BITS
+            connection.execute("DELETE FROM records WHERE id >= ? AND id < ?", (first, first + offset))
+
+    def drop_older_than(self, timestamp_ms: int) -> int:
+        """Delete records that were appended before `timestamp_ms`, oldest first; returns how many."""
+        dropped = 0
+        with self._lock, unavailable(self.path):
+            slots = [slot for (slot,) in self._connection.execute("SELECT slot FROM slots").fetchall()]
+        for slot in slots:
+            while True:
+                with self._transaction() as connection:
+                    rows = connection.execute(
+                        "SELECT id, timestamp_ms FROM records WHERE id >= ? AND id < ? ORDER BY id LIMIT ?",
+                        (slot << OFFSET_BITS, slot + 1 << OFFSET_BITS, RETENTION_ROWS),
+                    ).fetchall()
+                    kept = next((id for id, at_ms in rows if at_ms >= timestamp_ms), None)
+                    end = kept if kept is not None else rows[-1][0] + 1 if rows else slot << OFFSET_BITS
+                    deleted = connection.execute(
+                        "DELETE FROM records WHERE id >= ? AND id < ?", (slot << OFFSET_BITS, end)
+                    ).rowcount
+                dropped += deleted
+                if deleted < RETENTION_ROWS:
+                    break
+        return dropped
+
+    def close(self) -> None:
+        """Close the file; consumers close by themselves."""
+        with self._lock:
+            self._connection.close()
+            if self._wal >= 0:
+                os.close(self._wal)
+                self._wal = -1
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, transaction(self._connection, self.path) as connection:
+            yield connection
+
+    def _slot(self, connection: sqlite3.Connection, topic: str, key: str) -> int:
+        slots = self._slots.get(topic) or self._topic(connection, topic)
+        return slots[partition_of(key, len(slots))]
+
+    def _topic(self, connection: sqlite3.Connection, topic: str) -> list[int]:
+        query = "SELECT slot FROM slots WHERE topic = ? ORDER BY partition"
+        slots = [slot for (slot,) in connection.execute(query, (topic,)).fetchall()]
+        if not slots:
+            rows = [(topic, partition) for partition in range(self.partitions)]
+            connection.executemany("INSERT INTO slots (topic, partition, next) VALUES (?, ?, 0)", rows)
+            slots = [slot for (slot,) in connection.execute(query, (topic,)).fetchall()]
+            if connection.in_transaction:
+                return slots  # not remembered: this transaction may still be rolled back
+        self._slots[topic] = slots
+        return slots
