@@ -21,6 +21,8 @@ from sqlalchemy.dialects import postgresql
 metadata = MetaData()
 Json = JSON().with_variant(postgresql.JSONB(), "postgresql")
 Bytes = LargeBinary()
+# Sorted by bytes on both, so that what streams in the order of ids has one order everywhere.
+ResponseId = String(80).with_variant(postgresql.VARCHAR(80, collation="C"), "postgresql")
 _autoincrement = BigInteger().with_variant(Integer(), "sqlite")
 
 # --- written by the joiner -------------------------------------------------------------------------------------------
@@ -31,7 +33,7 @@ responses = Table(
     metadata,
     Column("day", Date, primary_key=True),
     Column("key", String(16), primary_key=True),
-    Column("response_id", String(80), primary_key=True),
+    Column("response_id", ResponseId, primary_key=True),
     Column("body", Bytes, nullable=False),
     postgresql_partition_by="RANGE (day)",
 )
@@ -40,7 +42,7 @@ responses = Table(
 response_index = Table(
     "response_index",
     metadata,
-    Column("response_id", String(80), primary_key=True),
+    Column("response_id", ResponseId, primary_key=True),
     Column("key", String(16), nullable=False),
     Column("day", Date, nullable=False),
     Column("message_id", String(256)),
@@ -54,7 +56,7 @@ votes = Table(
     metadata,
     Column("feedback_id", String(256), primary_key=True),
     Column("key", String(16), nullable=False),
-    Column("response_id", String(80)),
+    Column("response_id", ResponseId),
     Column("message_id", String(256)),
     Column("choice_index", Integer, nullable=False),
     Column("rater", String(64), nullable=False),
@@ -72,7 +74,7 @@ votes = Table(
 examples = Table(
     "examples",
     metadata,
-    Column("response_id", String(80), primary_key=True),
+    Column("response_id", ResponseId, primary_key=True),
     Column("choice_index", Integer, primary_key=True),
     Column("key", String(16), nullable=False),
     Column("day", Date, nullable=False),
@@ -85,7 +87,7 @@ examples = Table(
     Column("votes", Json, nullable=False),
     Column("voted_at_ms", BigInteger, nullable=False),
     Column("body", Bytes, nullable=False),
-    Index("examples_day", "day"),
+    Index("examples_order", "day", "response_id", "choice_index"),
     Index("examples_adapter", "adapter", "voted_at_ms"),
 )
 
