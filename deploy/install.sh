@@ -31,13 +31,17 @@ install_python() {
         rm -rf .venv # absent, half made, or of another Python
         "$python" -m venv .venv || fail "cannot make .venv; on Debian, install python3-venv"
     fi
-    # Two installs at once, of disjoint packages: the lock has no torch, and neither looks at dependencies. Modules are
+    # Three installs at once, of disjoint packages: the lock has no torch, and none looks at dependencies. Modules are
     # compiled when they are first imported: most never are.
     echo "install.sh: $TORCH and the packages of deploy/requirements.lock, some minutes"
-    .venv/bin/pip install -qq --no-compile --no-deps "$TORCH" &
-    local torch=$!
-    .venv/bin/pip install -qq --no-compile --no-deps -r deploy/requirements.lock || { kill "$torch"; exit 1; }
-    wait "$torch"
+    local jobs=() job part pip=(.venv/bin/pip install -qq --no-compile --no-deps)
+    "${pip[@]}" "$TORCH" & jobs+=($!)
+    for part in 0 1; do
+        "${pip[@]}" -r <(awk -v part=$part '!/^#/ && NR % 2 == part' deploy/requirements.lock) & jobs+=($!)
+    done
+    for job in "${jobs[@]}"; do
+        wait "$job" || fail "a package could not be installed, see above"
+    done
     # Where the torch build brings CUDA libraries as dependencies, they come now; a CPU build asks for nothing more.
     .venv/bin/pip install -qq --no-compile "$TORCH"
     .venv/bin/pip install -qq --no-compile --no-deps --no-build-isolation -e .

@@ -320,6 +320,8 @@ class ConsoleSettings(Section):
     """Address to listen on."""
     port: Port = 8090
     """Port."""
+    gateway_url: str | None = None
+    """Where the playground finds the gateway, without /v1; none for gateway.port on this machine."""
 
 
 class Settings(Section):
@@ -355,11 +357,11 @@ def load_settings(path: Path | None = None, environment: Mapping[str, str] | Non
     """
     environment = os.environ if environment is None else environment
     named = path or (Path(environment["THUMBWHEEL_SETTINGS"]) if "THUMBWHEEL_SETTINGS" in environment else None)
-    if named is not None and not named.is_file():
+    if named is not None and (not named.exists() or named.is_dir()):  # /dev/null is no regular file, and means none
         raise SettingsError(f"settings file {named} does not exist; give an existing TOML file")
     source = named or Path("thumbwheel.toml")
     tree: dict[str, Any] = {}
-    if source.is_file():
+    if source.exists():
         try:
             tree = tomllib.loads(source.read_text())
         except tomllib.TOMLDecodeError as exc:
@@ -402,7 +404,7 @@ def _explain(error: Any) -> str:
 def _is_secret(location: tuple[Any, ...]) -> bool:
     """Whether the setting is of a secret type: then a refused value is not shown either."""
     section = Settings.model_fields[str(location[0])].annotation if location else None
-    if len(location) < 2 or section is None or not issubclass(section, Section):
+    if len(location) < 2 or not (isinstance(section, type) and issubclass(section, Section)):
         return False
     field = section.model_fields.get(str(location[1]))
     return field is not None and "SecretStr" in repr(field.annotation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +152,10 @@ def test_a_missing_or_broken_file_is_refused_by_name(tmp_path: Path) -> None:
         load_settings(tmp_path / "absent.toml", {})
     with pytest.raises(SettingsError, match=r"thumbwheel\.toml is not TOML"):
         load_settings(written(tmp_path, "[train\n"), {})
+
+
+def test_the_null_device_is_a_file_of_no_settings() -> None:
+    assert load_settings(Path(os.devnull), {"THUMBWHEEL_TRAIN__BETA": "0.2"}).train.beta == 0.2
 
 
 @pytest.mark.parametrize("name", ["THUMBWHEEL_BETA", "THUMBWHEEL_TRAIN", "THUMBWHEEL_"])
