@@ -40,9 +40,15 @@ def run_scheduler(settings: Settings, stop: threading.Event) -> None:
     start_http_server(clock.metrics_port, addr=settings.gateway.host)
     fleet = open_fleet(settings, store)
     holder = f"{socket.gethostname()}-{os.getpid()}"
+    lead_s = max(clock.lease_s, 10 * clock.tick_s)
     scheduler = BackgroundScheduler(timezone=clock.timezone)
     trigger = CronTrigger.from_crontab(clock.cron, timezone=clock.timezone)
-    scheduler.add_job(lambda: ask_for_run(store), trigger, id="clock", coalesce=True, misfire_grace_time=3600)
+
+    def ask() -> None:
+        if _take(store, "rollout", holder, lead_s):  # of several schedulers, one leads
+            ask_for_run(store)
+
+    scheduler.add_job(ask, trigger, id="clock", coalesce=True, misfire_grace_time=3600)
 
     def work() -> None:
         run = next_run(store)
@@ -62,7 +68,7 @@ def run_scheduler(settings: Settings, stop: threading.Event) -> None:
     def watch() -> None:
         next_at = scheduler.get_job("clock").next_run_time
         metrics.scheduler_next_run_timestamp_seconds.set(next_at.timestamp() if next_at else 0)
-        if not _take(store, "rollout", holder, max(clock.lease_s, 10 * clock.tick_s)):
+        if not _take(store, "rollout", holder, lead_s):
             return
         try:
             tick(fleet, int(time.time() * 1000))

@@ -7,7 +7,6 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loop.store.examples import count_labels
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -15,6 +14,7 @@ from sqlalchemy import Engine
 
 from loop.nightly import STAGES
 from loop.settings import Settings
+from loop.store.examples import count_labels
 from loop.store.routes import read_route
 from loop.store.runs import get_run, list_runs, run_stages
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqlalchemy import Engine, delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
 from loop.store.engine import write
 from loop.store.schema import leases, runs
@@ -100,17 +101,16 @@ def record_stage(engine: Engine, stage: Stage) -> None:
 
 def take_lease(engine: Engine, name: str, holder: str, now_ms: int, ttl_ms: int) -> bool:
     """Take or renew a lease; False while somebody else holds it."""
-    with write(engine) as connection:
-        row = connection.execute(select(leases).where(leases.c.name == name)).one_or_none()
-        if row is None:
-            connection.execute(insert(leases).values(name=name, holder=holder, expires_at_ms=now_ms + ttl_ms))
-            return True
-        taken = connection.execute(
-            update(leases)
-            .where(leases.c.name == name, (leases.c.holder == holder) | (leases.c.expires_at_ms < now_ms))
-            .values(holder=holder, expires_at_ms=now_ms + ttl_ms)
-        )
-        return bool(taken.rowcount == 1)
+    values = {"holder": holder, "expires_at_ms": now_ms + ttl_ms}
+    try:
+        with write(engine) as connection:
+            mine_or_over = (leases.c.holder == holder) | (leases.c.expires_at_ms < now_ms)
+            taken = connection.execute(update(leases).where(leases.c.name == name, mine_or_over).values(**values))
+            if taken.rowcount == 0:
+                connection.execute(insert(leases).values(name=name, **values))
+    except IntegrityError:  # the row is there, and somebody else's
+        return False
+    return True
 
 
 def drop_lease(engine: Engine, name: str, holder: str) -> None:

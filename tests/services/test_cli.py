@@ -1,0 +1,63 @@
+"""The command: flags are settings, bad input is one clear line, secrets stay masked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loop.settings import SettingsError, TrainSettings
+from services.cli import _with_flags
+
+
+def thumbwheel(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "services.cli", *arguments], capture_output=True, text=True)
+
+
+def test_every_training_setting_is_a_flag() -> None:
+    section = TrainSettings(seed=7)
+    changed = _with_flags(section, ["--beta", "0.3", "--learning-rate=1e-3", "--lora-target-modules", '["q_proj"]'])
+    assert (changed.beta, changed.learning_rate, changed.lora_target_modules) == (0.3, 1e-3, ["q_proj"])
+    assert changed.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--betta", "1"], "--betta: unknown flag"),
+        (["--beta"], "expected a value"),
+        (["--beta", "-1"], "train.beta = '-1'.*greater than 0"),
+        (["--quantization", "int3"], "train.quantization = 'int3'.*'nf4' or 'none'"),
+    ],
+)
+def test_a_wrong_flag_is_refused_with_key_value_and_bound(arguments: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        _with_flags(TrainSettings(), arguments)
+
+
+def test_settings_are_printed_with_secrets_masked(tmp_path: Path) -> None:
+    path = tmp_path / "thumbwheel.toml"
+    path.write_text('[store]\nurl = "postgresql+psycopg://app:hunter2@db/thumbwheel"\n')
+    done = thumbwheel("settings", "--settings", str(path))
+    assert json.loads(done.stdout)["store"]["pool_size"] == 5
+    assert "hunter2" not in done.stdout
+
+
+def test_bad_settings_end_with_status_2_and_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "thumbwheel.toml"
+    path.write_text("[train]\nbeta = 99\n")
+    done = thumbwheel("status", "--settings", str(path))
+    assert done.returncode == 2
+    assert "train.beta = 99" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_rolling_back_the_base_model_says_that_there_is_nothing_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "thumbwheel.toml"
+    path.write_text(f'[store]\nurl = "sqlite:///{tmp_path}/store.db"\n')
+    done = thumbwheel("rollback", "--settings", str(path))
+    assert done.returncode == 2
+    assert "nothing to roll back" in done.stderr

@@ -1,0 +1,69 @@
+"""The clock and the lease: one run at a time, asked for once, and given up when the lease is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from sqlalchemy import Engine
+
+from loop.store.runs import drop_lease, list_runs, next_run, request_run, set_run, take_lease
+from services.scheduler import _Heartbeat, ask_for_run
+
+
+def test_the_clock_does_not_ask_twice_while_a_run_is_open(store: Engine) -> None:
+    first = ask_for_run(store)
+    assert ask_for_run(store).run_id == first.run_id
+    set_run(store, first.run_id, "skipped", "skipped: 0 of 500 labels", 1)
+    ask_for_run(store)
+    assert {run.state for run in list_runs(store)} == {"requested", "skipped"}
+
+
+def test_an_interrupted_run_comes_before_a_requested_one(store: Engine) -> None:
+    request_run(store, "a", "clock", 1)
+    set_run(store, "a", "running", "")
+    assert (run := next_run(store)) is not None
+    assert (run.run_id, run.state) == ("a", "running")
+
+
+def test_a_lease_has_one_holder_until_it_expires(store: Engine) -> None:
+    assert take_lease(store, "run", "a", now_ms=0, ttl_ms=1000)
+    assert not take_lease(store, "run", "b", now_ms=500, ttl_ms=1000)
+    assert take_lease(store, "run", "a", now_ms=900, ttl_ms=1000)
+    assert not take_lease(store, "run", "b", now_ms=1500, ttl_ms=1000)
+    assert take_lease(store, "run", "b", now_ms=2000, ttl_ms=1000)
+    drop_lease(store, "run", "a")  # no longer the holder: changes nothing
+    assert not take_lease(store, "run", "a", now_ms=2100, ttl_ms=1000)
+
+
+def test_twenty_threads_taking_one_lease_give_one_holder(store: Engine) -> None:
+    won: list[str] = []
+    barrier = threading.Barrier(20)
+
+    def attempt(name: str) -> None:
+        barrier.wait()
+        if take_lease(store, "run", name, now_ms=0, ttl_ms=1000):
+            won.append(name)
+
+    threads = [threading.Thread(target=attempt, args=(str(i),)) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+
+
+def test_a_lost_lease_ends_the_work_under_it() -> None:
+    answers = iter([True, False])
+    started = time.monotonic()
+    with _Heartbeat(lambda: next(answers), 0.05, threading.Event()) as over:
+        assert over.wait(10)
+    assert time.monotonic() - started < 10
+
+
+def test_a_stopping_process_ends_the_work_under_a_lease() -> None:
+    stop = threading.Event()
+    with _Heartbeat(lambda: True, 0.05, stop) as over:
+        assert not over.is_set()
+        stop.set()
+        assert over.wait(10)
