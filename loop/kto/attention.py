@@ -1,0 +1,109 @@
+"""Attention over a pack: many sequences laid end to end in one row of tokens, with no padding.
+
+Every linear layer sees one long row; only attention has to know where a sequence ends. The layout travels as a keyword
+argument through the model's forward, so nothing is patched: the function is one more entry in Transformers' table of
+attention implementations. It has no entry in the table of masks, so models build none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+PACKED_ATTENTION = "thumbwheel_packed"
+KeysValues = tuple[Tensor, Tensor]  # each [1, key heads, tokens, head size]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens `start:stop` of a pack: each sees all of `context` and then, causally, its own segment."""
+
+    start: int
+    stop: int
+    context: tuple[tuple[int, int], ...] = ()
+    """Ranges of earlier tokens, in the order of their positions; in this pack or in the one of `Layout.given`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who sees whom in one pass. Segments follow each other without gaps and cover the pack."""
+
+    segments: tuple[Segment, ...]
+    given: Mapping[int, KeysValues] | None = None
+    """By layer, keys and values of an earlier pass that contexts point into; None: contexts lie in this pack."""
+    kept: dict[int, KeysValues] | None = None
+    """By layer, where this pass leaves its own keys and values, detached, for a later one."""
+    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    """Masks made so far; every layer needs the same few."""
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, heads, tokens, head size]
+    key: Tensor,  # [1, key heads, tokens, head size]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each segment by itself: [1, tokens, heads, head size]. There is no attention dropout."""
+    if s_aux is not None:
+        raise NotImplementedError("attention sinks are not supported by packed attention")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if layout.kept is not None:
+        layout.kept[layer] = (key.detach(), value.detach())
+    context_keys, context_values = (key, value) if layout.given is None else layout.given[layer]
+    # One split and one concatenation: slices would each pad their gradient to the whole pack.
+    lengths = [segment.stop - segment.start for segment in layout.segments]
+    outputs = []
+    for segment, q, k, v in zip(
+        layout.segments, query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+    ):
+        if segment.context:
+            k = torch.cat([*(context_keys[:, :, a:b] for a, b in segment.context), k], 2)
+            v = torch.cat([*(context_values[:, :, a:b] for a, b in segment.context), v], 2)
+        window = sliding_window if sliding_window is not None and sliding_window < k.shape[2] else None
+        outputs.append(_attend(q, k, v, layout, scaling, window, softcap))
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    is_plain_causal = q.shape[2] == k.shape[2] and window is None
+    shared_heads = q.shape[1] != k.shape[1]
+    if softcap is None:
+        mask = None if is_plain_causal else _mask(layout, q.shape[2], k.shape[2], window, q.device)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_plain_causal, scale=scaling, enable_gqa=shared_heads
+        )
+    if shared_heads:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)) * (scaling if scaling is not None else q.shape[3] ** -0.5)
+    scores = torch.tanh(scores / softcap) * softcap  # Gemma 2 caps scores before it masks them
+    scores = scores.masked_fill(~_mask(layout, q.shape[2], k.shape[2], window, q.device), -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def _mask(layout: Layout, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] bool; the last query sits at the last key, and sees `window` keys, itself included."""
+    shape = (queries, keys, window)
+    if shape not in layout.masks:
+        offset = keys - queries
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(offset)
+        layout.masks[shape] = mask if window is None else mask.triu(offset - window + 1)
+    return layout.masks[shape]
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

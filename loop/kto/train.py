@@ -1,0 +1,299 @@
+"""KTO on a QLoRA adapter, from a file of rows to a folder that PEFT and vLLM load.
+
+    python -m loop.kto.train --settings-json FILE --data PATH --model DIR --out DIR
+
+prints one JSON line when it is done (progress goes to stderr). The same call goes on where a killed one stopped. While
+it runs, its files are in `<out>.partial`; `<out>` appears whole, by a rename, when the run is over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loop.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from loop.kto.rows import Row
+
+logger = logging.getLogger(__name__)
+
+# Settings that do not change what is trained: a run may be gone on with after changing them.
+INDIFFERENT = {"dir", "logging_steps", "save_steps", "report_to", "deadline_s"}
+
+
+def train(
+    settings: TrainSettings, data: Path, model_dir: Path, out: Path, *, console: Console | None = None
+) -> dict[str, Any]:
+    """Train an adapter on `data` and publish it as `out`; returns the run's figures (also in `out/metrics.json`).
+
+    Resumes `<out>.partial`; an `out` that is there already is returned as it is, if it came from the same inputs.
+    Raises ValueError for bad rows, models and folders, FloatingPointError (with row ids) where numbers run away.
+    """
+    import torch
+
+    from loop.kto import artifacts, batch, groups, loss, model, progress, rows
+
+    # --- the run: what it is made of, and whether it is an old one
+    started = time.monotonic()
+    inputs = {
+        "data_sha256": artifacts.hash_files([rows.data_file(data)]),
+        "base_sha256": artifacts.hash_model(model_dir),
+        "settings": settings.model_dump(mode="json", exclude=INDIFFERENT),
+    }
+    if finished := _finished(out, inputs):
+        return finished
+    work = _open_work(out, inputs)
+
+    # --- data: rows, and the groups that make one step each
+    train_rows, counts = _load_rows(settings, data, model_dir)
+    size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    all_groups = groups.make_groups([row.conversation for row in train_rows], size, settings.seed)
+    others = batch.mismatched_completions(train_rows, all_groups, settings.max_length)
+    counts["rows_without_mismatch"] = sum(other is None for other in others)
+    if counts["rows_without_mismatch"]:
+        logger.warning(
+            "%d of %d rows leave z0's mean: their group has no other conversation; a group without any has z0 = 0",
+            counts["rows_without_mismatch"],
+            len(train_rows),
+            extra={"action": "rows_without_mismatch"},
+        )
+
+    # --- model: one base, frozen; the policy is the base with the adapter on, the reference with it off
+    base = model.load_base(model_dir, settings.quantization, settings.dtype)
+    policy = model.attach_lora(base, settings)
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    device = base.device
+    setup_s = time.monotonic() - started
+
+    with progress.Watch(work, settings.report_to, console) as watch:
+        # --- reference: log-probs of all rows and of all mismatched pairs, once
+        reference_file = work / "reference.safetensors"
+        if not reference_file.exists():
+            task = watch.task("reference", len(train_rows))
+            with model.scoring(policy, None):
+                computed = batch.reference_logps(policy, train_rows, others, lambda done: watch.advance(task, done))
+            batch.save_reference(computed, reference_file)
+        reference = batch.load_reference(reference_file)
+        desirable = torch.tensor([row.desirable for row in train_rows], device=device)  # [rows]
+        weight = torch.tensor([row.weight for row in train_rows], device=device)  # [rows]
+        matched, mismatched = reference.matched.to(device), reference.mismatched.to(device)  # [rows] each
+
+        # --- optimiser, and the state to go on from
+        optimiser = torch.optim.AdamW(
+            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+        steps = math.ceil(len(all_groups) * settings.num_train_epochs)
+        state = artifacts.load_checkpoint(policy, work) or {"step": 0, "rows": 0, "train_s": 0.0, "totals": {}}
+        if "optimiser" in state:
+            optimiser.load_state_dict(state["optimiser"])
+            _set_random_state(state["random"])
+        progress.forget_after(work, state["step"])
+        earlier_s, loop_started = state["train_s"], started + setup_s
+        shares_prompts = settings.gradient_accumulation_steps == 1 and settings.lora_dropout == 0
+        is_late = False
+        task = watch.task("train", steps, state["step"])
+
+        # --- the loop
+        for step in range(state["step"], steps):
+            if is_late := time.monotonic() - started > settings.deadline_s:
+                logger.warning("deadline_s reached after %d of %d steps", step, steps, extra={"action": "deadline"})
+                break
+            epoch, place = divmod(step, len(all_groups))
+            group = all_groups[groups.epoch_order(len(all_groups), epoch, settings.seed)[place]]
+            indices = torch.tensor(group.rows, device=device)
+            group_rows, group_others = [train_rows[i] for i in group.rows], [others[i] for i in group.rows]
+            reference_others = mismatched[indices]
+            reference_others = reference_others[~reference_others.isnan()]
+            learning_rate = settings.learning_rate * _schedule(settings, step, steps)
+
+            # z0 spans the whole effective batch. Where that is one micro-batch, its pass goes on from the prompts that
+            # the policy's pass computes anyway; else it comes first, without gradient.
+            if not shares_prompts:
+                with model.scoring(policy, "default"):
+                    policy_others = batch.mismatched_logps(policy, group_rows, group_others).to(device)
+                z0 = loss.reference_point(policy_others, reference_others)
+            policy_logps = []
+            for start in range(0, len(group_rows), settings.per_device_train_batch_size):
+                part = slice(start, start + settings.per_device_train_batch_size)
+                if shares_prompts:
+                    logps, policy_others = batch.policy_and_mismatched_logps(policy, group_rows, group_others)
+                    z0 = loss.reference_point(policy_others, reference_others)
+                else:
+                    logps = batch.policy_logps(policy, group_rows[part])  # [micro-batch]
+                batch.check_finite(logps, group_rows[part], f"step {step + 1}: the policy's log-prob")
+                mine = indices[part]
+                losses = loss.kto_losses(logps, matched[mine], desirable[mine], weight[mine], z0, settings.beta)
+                (losses.sum() / len(group_rows)).backward()  # type: ignore[no-untyped-call]
+                policy_logps.append(logps.detach())
+
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            batch.check_finite(norm.expand(len(group_rows)), group_rows, f"step {step + 1}: the gradient's norm")
+            for options in optimiser.param_groups:
+                options["lr"] = learning_rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+            metrics = loss.kto_metrics(
+                torch.cat(policy_logps), matched[indices], desirable[indices], weight[indices], z0, settings.beta
+            )
+            metrics |= {"grad_norm": float(norm), "learning_rate": learning_rate}
+            state = _after_step(state, metrics, len(group_rows), earlier_s + time.monotonic() - loop_started)
+            rate = state["rows"] / state["train_s"]
+            watch.advance(task, step + 1, _figures(metrics, rate))
+            if (step + 1) % settings.logging_steps == 0 or step + 1 == steps:
+                place_in_run = {"step": step + 1, "epoch": (step + 1) / len(all_groups), "rows_per_s": rate}
+                watch.log(place_in_run | metrics)
+            if (step + 1) % settings.save_steps == 0 and step + 1 < steps:
+                saved = state | {"optimiser": optimiser.state_dict(), "random": _random_state()}
+                artifacts.save_checkpoint(policy, saved, work, step + 1)
+
+    # --- the adapter, its manifest and the figures; then all of it at once
+    means = {name: total / state["step"] for name, total in state["totals"].items()}
+    result = means | {
+        "rows": len(train_rows),
+        **counts,
+        "steps": state["step"],
+        "steps_planned": steps,
+        "deadline_reached": is_late,
+        "rows_per_s": state["rows"] / state["train_s"] if state["train_s"] else 0.0,
+        "train_s": state["train_s"],
+        "setup_s": setup_s,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters),
+    }
+    fresh = artifacts.make_empty(work / "adapter")
+    artifacts.write_adapter(policy, fresh, model_dir.name)
+    shutil.copy(work / progress.METRICS_LOG, fresh)
+    artifacts.write_json(fresh / "metrics.json", result)
+    manifest = inputs | {"data": data.name, "base": model_dir.name, "metrics": result}
+    artifacts.write_json(fresh / "manifest.json", manifest | {"versions": artifacts.versions()})
+    artifacts.publish(fresh, out)
+    shutil.rmtree(work)
+    return result
+
+
+def partial_dir(out: Path) -> Path:
+    """Where a run that is to become `out` keeps its files: `metrics.jsonl`, checkpoints, reference log-probs."""
+    return out.with_name(out.name + ".partial")
+
+
+def _load_rows(settings: TrainSettings, data: Path, model_dir: Path) -> tuple[list[Row], dict[str, int]]:
+    """The rows that fit, and how many did not."""
+    from loop.kto import model, rows, template
+
+    tokenizer = model.load_tokenizer(model_dir)
+    chat_template = template.read_chat_template(settings.chat_template)
+    weights = (settings.desirable_weight, settings.undesirable_weight)
+    records = rows.read_records(data)
+    every_row = [rows.row_of(record, place, tokenizer, chat_template, weights) for place, record in records]
+    fitting, counts = rows.fit(every_row, settings.max_length, settings.truncation)
+    if not fitting:
+        raise ValueError(f"{data}: none of {len(every_row)} rows is within max_length = {settings.max_length} tokens")
+    return fitting, counts
+
+
+def _finished(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of the run that made `out`, if these were its inputs; None where `out` is still to be made."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    manifest = out / "manifest.json"
+    if not manifest.is_file():
+        raise ValueError(f"{out} exists and is not an adapter of this command: choose another folder")
+    _check_same(out, json.loads(manifest.read_text()), inputs)
+    shutil.rmtree(partial_dir(out), ignore_errors=True)
+    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    return found
+
+
+def _open_work(out: Path, inputs: dict[str, Any]) -> Path:
+    """The run's work folder, new or as a killed run with the same inputs left it."""
+    from loop.kto import artifacts
+
+    work = partial_dir(out)
+    work.mkdir(parents=True, exist_ok=True)
+    if (work / "run.json").exists():
+        _check_same(work, json.loads((work / "run.json").read_text()), inputs)
+    else:
+        artifacts.write_json(work / "run.json", inputs)
+    return work
+
+
+def _check_same(folder: Path, found: dict[str, Any], inputs: dict[str, Any]) -> None:
+    differ = [key for key in ("data_sha256", "base_sha256") if found.get(key) != inputs[key]]
+    before = found.get("settings", {})
+    differ += [
+        f"{key} ({before.get(key)!r} → {value!r})"
+        for key, value in inputs["settings"].items()
+        if before.get(key) != value
+    ]
+    if differ:
+        raise ValueError(f"{folder} is another run: {', '.join(differ)}; choose another folder, or delete this one")
+
+
+def _schedule(settings: TrainSettings, step: int, steps: int) -> float:
+    """The share of the peak learning rate at a step: linear warm-up, then the schedule down to 0 after the last."""
+    warmup = math.ceil(steps * settings.warmup_ratio)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    match settings.lr_scheduler_type:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - progress
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _after_step(state: dict[str, Any], metrics: dict[str, float], rows: int, train_s: float) -> dict[str, Any]:
+    totals = {name: state["totals"].get(name, 0.0) + metrics[name] for name in ("loss", "kl")}
+    return {"step": state["step"] + 1, "rows": state["rows"] + rows, "train_s": train_s, "totals": totals}
+
+
+def _figures(metrics: dict[str, float], rows_per_s: float) -> str:
+    margin = metrics.get("rewards/margins", math.nan)
+    return f"loss {metrics['loss']:.4f}  kl {metrics['kl']:.3f}  margin {margin:+.3f}  {rows_per_s:.1f} rows/s"
+
+
+def _random_state() -> dict[str, Any]:
+    import torch
+
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The subprocess of the nightly run; settings are read before torch is loaded, so that a mistake in them is quick."""
+    parser = argparse.ArgumentParser(prog="python -m loop.kto.train")
+    for name in ("--settings-json", "--data", "--model", "--out"):
+        parser.add_argument(name, type=Path, required=True)
+    given = parser.parse_args(arguments)
+    settings = TrainSettings.model_validate_json(given.settings_json.read_text())
+    try:
+        result = train(settings, given.data, given.model, given.out)
+    except (ValueError, FloatingPointError) as exc:
+        sys.exit(f"thumbwheel train: {exc}")
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
