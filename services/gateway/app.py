@@ -1,0 +1,173 @@
+"""The gateway's process: one route table, the clients opened and closed around it, two ports, an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+
+import uvloop
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from loop.events import HybridClock
+from loop.log.embedded import EmbeddedLog
+from loop.settings import LogSettings, Settings
+from services.gateway.engines import Engines
+from services.gateway.errors import Refusal
+from services.gateway.feedback import feedback
+from services.gateway.forward import forwarding
+from services.gateway.parts import PARTS, Parts
+from services.gateway.proxy import chat_completions, completions, models, not_served, pass_through
+from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
+from services.gateway.routes import RouteWatch
+from services.gateway.spool import CLOCK, Spool
+
+_CANCEL_S = 1.0  # for handlers that were cancelled at the end of the drain
+_PREFLIGHT_AGE_S = "600"
+
+
+def create_app(settings: Settings) -> web.Application:
+    """The public application."""
+    app = web.Application(client_max_size=settings.gateway.max_body_bytes)
+    app.cleanup_ctx.append(_parts(settings))
+    if settings.gateway.cors_origins:
+        app.on_response_prepare.append(_allow_origin(frozenset(settings.gateway.cors_origins)))
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", chat_completions),
+            web.post("/v1/completions", completions),
+            web.get("/v1/models", models, allow_head=False),
+            web.post("/v1/embeddings", pass_through),
+            web.post("/tokenize", pass_through),
+            web.post("/detokenize", pass_through),
+            web.post("/v1/feedback", feedback),
+            web.get("/healthz", healthz),
+            web.options("/{path:.*}", preflight),
+            web.route("*", "/{path:.*}", not_served),
+        ]
+    )
+    return app
+
+
+def create_metrics_app(public: web.Application) -> web.Application:
+    """/metrics, /healthz and /readyz, for a port that apps do not reach."""
+
+    async def readyz(_: web.Request) -> web.Response:
+        parts = public[PARTS]
+        checks = {
+            "engine": parts.engines.is_up,
+            "route": parts.routes.is_known.is_set(),
+            "spool": not parts.spool.is_failing,
+            "serving": not parts.is_draining,
+        }
+        return web.json_response(checks, status=200 if all(checks.values()) else 503)
+
+    async def exposition(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app = web.Application()
+    app.add_routes([web.get("/metrics", exposition), web.get("/healthz", healthz), web.get("/readyz", readyz)])
+    return app
+
+
+async def healthz(_: web.Request) -> web.Response:
+    """GET /healthz: the process is there."""
+    return web.json_response({"status": "ok"})
+
+
+async def preflight(request: web.Request) -> web.Response:
+    """OPTIONS: what a browser asks before it calls from another origin."""
+    settings = request.app[PARTS].gateway
+    origin = request.headers.get("Origin", "")
+    if not {origin, "*"} & set(settings.cors_origins):
+        raise Refusal(403, f"origin {origin[:120]!r} may not call; gateway.cors_origins names those that may")
+    return web.Response(
+        status=204,
+        headers={
+            "Access-Control-Allow-Methods": "GET, POST",
+            "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", "content-type"),
+            "Access-Control-Max-Age": _PREFLIGHT_AGE_S,
+        },
+    )
+
+
+def main(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then let open streams end for up to `drain_timeout_s`."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    gateway = settings.gateway
+    app = create_app(settings)
+    # Handlers go on when their client has left, unless aiohttp is told otherwise.
+    public = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_CANCEL_S)
+    private = web.AppRunner(create_metrics_app(app), access_log=None, shutdown_timeout=_CANCEL_S)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        await public.setup()
+        await private.setup()
+        await web.TCPSite(private, gateway.host, gateway.metrics_port).start()
+        site = web.TCPSite(public, gateway.host, gateway.port, backlog=1024)
+        await site.start()
+        await stop.wait()
+        await site.stop()
+        await _drain(app[PARTS], gateway.drain_timeout_s)
+    finally:
+        await public.cleanup()
+        await private.cleanup()
+
+
+async def _drain(parts: Parts, timeout_s: float) -> None:
+    parts.is_draining = True
+    deadline = time.monotonic() + timeout_s
+    while parts.routes.open_requests and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+
+
+def _parts(settings: Settings) -> Callable[[web.Application], AsyncIterator[None]]:
+    async def opened(app: web.Application) -> AsyncIterator[None]:
+        gateway = settings.gateway
+        log = open_spool(settings.log, gateway.gateway_id)
+        spool = Spool(log, gateway.spool_quota_bytes)
+        engines = Engines(settings.engine)
+        routes = RouteWatch(settings.engine.alias, gateway.gateway_id, settings.store, log, gateway.route_poll_s)
+        app[PARTS] = Parts(settings, engines, routes, spool, HybridClock(int(log.get_meta(CLOCK) or 0)))
+        tasks = [asyncio.create_task(routes.watch()), asyncio.create_task(engines.watch())]
+        with forwarding(log, settings.log):
+            yield
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+            await routes.close()
+            await engines.close()
+            await spool.close()
+        log.close()
+
+    return opened
+
+
+def open_spool(settings: LogSettings, gateway_id: str) -> EmbeddedLog:
+    """The spool's file: the embedded log itself, or this gateway's own one beside where that would be."""
+    if settings.kind == "embedded":
+        return EmbeddedLog(settings.path, settings.partitions, settings.retention_s)
+    return EmbeddedLog(settings.path.with_name(f"spool-{gateway_id}.db"), settings.partitions)
+
+
+def _allow_origin(
+    origins: frozenset[str],
+) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    async def allow(request: web.Request, response: web.StreamResponse) -> None:
+        origin = request.headers.get("Origin")
+        if origin is not None and not origins.isdisjoint((origin, "*")):
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Expose-Headers"] = f"{RESPONSE_ID}, {FEEDBACK_TOKEN}"
+            response.headers["Vary"] = "Origin"
+
+    return allow

@@ -1,0 +1,168 @@
+"""What an app asks for: one generation request, read without being rewritten. Pure.
+
+Every field of the body stays the bytes that the app sent (`msgspec.Raw`): upstream gets them unchanged but for `model`
+and `return_token_ids`, and the log gets the messages as they came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Raw
+
+from services.gateway.errors import Refusal
+from services.gateway.identity import hash_rater
+
+Endpoint = Literal["chat", "completions"]
+
+MAX_ID_CHARS = 256
+_HASHED_BYTES = 65_536  # of a first turn; images inside of it may have megabytes
+_TRUE = Raw(b"true")
+# Everything else in a body is a sampling parameter as far as the log is concerned.
+_NOT_PARAMS = frozenset(
+    {
+        "model",
+        "messages",
+        "prompt",
+        "tools",
+        "user",
+        "metadata",
+        "stream",
+        "stream_options",
+        "store",
+        "return_token_ids",
+    }
+)
+
+_fields = msgspec.json.Decoder(dict[str, Raw])
+_anything = msgspec.json.Decoder()
+_list = msgspec.json.Decoder(list[Raw])
+_encode = msgspec.json.Encoder().encode
+
+
+class _Turn(msgspec.Struct):
+    role: str = ""
+
+
+_turn = msgspec.json.Decoder(_Turn)
+
+
+@dataclass(slots=True)
+class Ask:
+    """One request for completions; ids are as the log keeps them."""
+
+    endpoint: Endpoint
+    fields: dict[str, Raw]
+    model: str | None
+    conversation_id: str
+    rater: str | None
+    message_id: str | None
+    wants_token_ids: bool
+    is_captured: bool
+    size: int
+    trace: str | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def upstream_body(self, adapter: str) -> bytes:
+        """The body for the engine: the adapter's name in the model's place, token ids asked for where we log."""
+        body = self.fields | {"model": Raw(_encode(adapter))}
+        if self.is_captured:
+            body["return_token_ids"] = _TRUE
+        return _encode(body)
+
+
+def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_salt: bytes) -> Ask:
+    """The request. Raises Refusal 400 where it cannot be routed; what else is wrong with it is the engine's to say."""
+    fields = read_fields(body)
+    metadata = _value(fields, "metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    user = _value(fields, "user")
+    rater = hash_rater(rater_salt, user) if isinstance(user, str) else ""
+    conversation_id = _id(
+        headers.get("X-Thumbwheel-Conversation-Id") or metadata.get("conversation_id"), "conversation"
+    )
+    return Ask(
+        endpoint=endpoint,
+        fields=fields,
+        model=read_model(fields),
+        conversation_id=conversation_id or rater or _first_turn(fields),
+        rater=rater or None,
+        message_id=_id(headers.get("X-Thumbwheel-Message-Id") or metadata.get("message_id"), "message"),
+        wants_token_ids=bool(_value(fields, "return_token_ids")),
+        is_captured=_is_capturable(fields),
+        size=len(body),
+        trace=headers.get("traceparent"),
+        params={name: value for name, value in fields.items() if name not in _NOT_PARAMS},
+    )
+
+
+def read_fields(body: bytes) -> dict[str, Raw]:
+    """The body's fields, their values untouched. Raises Refusal 400."""
+    try:
+        return _fields.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise Refusal(400, f"the body is not a JSON object: {exc}", code="invalid_json") from exc
+
+
+def read_model(fields: Mapping[str, Raw]) -> str | None:
+    """The model's name; None where none was given. Raises Refusal 400."""
+    model = _value(fields, "model")
+    if model is None or isinstance(model, str):
+        return model
+    raise Refusal(400, f"model is {model!r}; expected a string", param="model")
+
+
+def _value(fields: Mapping[str, Raw], name: str) -> Any:
+    """A small field's value; None where it is absent or broken."""
+    raw = fields.get(name)
+    if raw is None:
+        return None
+    try:
+        return _anything.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _id(value: Any, what: str) -> str | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, str) and len(value) <= MAX_ID_CHARS and value.isprintable():
+        return value
+    raise Refusal(
+        400,
+        f"{what}_id is {str(value)[:80]!r}; expected at most {MAX_ID_CHARS} printable characters",
+        param=f"{what}_id",
+    )
+
+
+def _first_turn(fields: Mapping[str, Raw]) -> str:
+    """A conversation's name where the app gives none: the hash of everything up to the first user message, which each
+    later request of the conversation begins with.
+    """
+    turn = hashlib.sha256()
+    try:
+        for message in _list.decode(fields["messages"]):
+            turn.update(bytes(message)[:_HASHED_BYTES])
+            if _turn.decode(message).role == "user":
+                break
+    except (KeyError, msgspec.DecodeError, UnicodeDecodeError):
+        turn.update(bytes(fields.get("prompt", b""))[:_HASHED_BYTES])
+    return turn.hexdigest()[:32]
+
+
+def _is_capturable(fields: Mapping[str, Raw]) -> bool:
+    """Whether one prompt has one answer that can be an example. With `echo` vLLM leaves the prompt's text out as soon
+    as token ids are asked for, so such requests are left alone; `store: false` is the app's own no.
+    """
+    if _value(fields, "echo") or _value(fields, "store") is False:
+        return False
+    if "prompt" not in fields:
+        return True
+    prompt = _value(fields, "prompt")
+    if not isinstance(prompt, list):
+        return True
+    return len(prompt) == 1 or all(isinstance(token, int) for token in prompt)

@@ -1,0 +1,59 @@
+"""What the handlers share: the open clients, the clock and the secrets of one gateway process."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from loop.events import HybridClock
+from loop.settings import GatewaySettings, Settings
+from services.gateway.engines import Engines
+from services.gateway.errors import Refusal
+from services.gateway.identity import is_key_known
+from services.gateway.routes import RouteWatch
+from services.gateway.spool import Spool
+
+
+@dataclass
+class Parts:
+    """One gateway's parts; `settings` is only read while it is made."""
+
+    settings: Settings
+    engines: Engines
+    routes: RouteWatch
+    spool: Spool
+    clock: HybridClock
+    is_draining: bool = False
+    gateway: GatewaySettings = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.gateway = settings.gateway
+        self.alias, self.base_name = settings.engine.alias, settings.engine.base_name
+        self.request_timeout_s = settings.engine.request_timeout_s
+        self.responses_topic, self.feedback_topic = settings.log.responses_topic, settings.log.feedback_topic
+        self.source = f"thumbwheel/gateway/{settings.gateway.gateway_id}"
+        self.rater_salt = settings.gateway.rater_salt.get_secret_value().encode()
+        self.api_keys = [key.get_secret_value().encode() for key in settings.gateway.api_keys]
+        secret = settings.gateway.token_secret
+        # Without a secret, tokens hold until the next start.
+        self.token_secret = os.urandom(32) if secret is None else secret.get_secret_value().encode()
+
+    def has_key(self, request: web.Request) -> bool:
+        """Whether the caller may do everything: it has a key, or there is none to have."""
+        return not self.api_keys or is_key_known(self.api_keys, request.headers.get("Authorization"))
+
+    def check_key(self, request: web.Request) -> None:
+        """Raises Refusal 401 for a caller without a key."""
+        if not self.has_key(request):
+            raise Refusal(401, "no valid API key; send `Authorization: Bearer <key>`", code="invalid_api_key")
+
+    def stamp(self) -> int:
+        """The next stamp of the hybrid clock."""
+        return self.clock.tick(int(time.time() * 1000))
+
+
+PARTS = web.AppKey("parts", Parts)

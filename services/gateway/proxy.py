@@ -1,0 +1,130 @@
+"""The handlers of the OpenAI API: who answers which request. How the answer goes on is `relay.py`'s."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from loop import metrics
+from loop.events import key_of_message_id, random_key, uuid7
+from loop.rollout.routing import Arm, Route, adapter_name, pick_arm
+from services.gateway.answers import Rename
+from services.gateway.asks import Endpoint, read_ask, read_fields, read_model
+from services.gateway.capture import Exchange
+from services.gateway.errors import Refusal, read_body
+from services.gateway.parts import PARTS, Parts
+from services.gateway.relay import read_answer, relay, relayed_headers
+
+_ID_PREFIX: dict[Endpoint, str] = {"chat": "chatcmpl", "completions": "cmpl"}
+_PATH: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions"""
+    return await _generate(request, "chat")
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """POST /v1/completions"""
+    return await _generate(request, "completions")
+
+
+async def models(request: web.Request) -> web.Response:
+    """GET /v1/models: the alias, described as the engine describes its base model."""
+    parts = request.app[PARTS]
+    parts.check_key(request)
+    status, body = await parts.engines.get("/v1/models")
+    if status != 200:
+        return web.Response(body=body, status=status, content_type="application/json")
+    try:
+        listed: list[dict[str, Any]] = msgspec.json.decode(body)["data"]
+    except (msgspec.DecodeError, KeyError, TypeError) as exc:
+        raise Refusal(502, f"the engine's list of models cannot be read: {exc}", code="engine_failed") from exc
+    base = next((entry for entry in listed if entry.get("id") == parts.base_name), {})
+    entry = {**base, "id": parts.alias, "object": "model", "owned_by": "thumbwheel", "root": parts.alias}
+    return web.Response(body=msgspec.json.encode({"object": "list", "data": [entry]}), content_type="application/json")
+
+
+async def pass_through(request: web.Request) -> web.Response:
+    """Embeddings, tokenise, detokenise: the alias becomes the live adapter, nothing is logged."""
+    parts = request.app[PARTS]
+    parts.check_key(request)
+    fields = read_fields(await read_body(request, parts.gateway.max_body_bytes))
+    shown = read_model(fields)
+    await parts.routes.is_known.wait()
+    with parts.routes.use() as route:
+        adapter = choose_arm(route, shown, "", parts).adapter
+        fields["model"] = msgspec.Raw(msgspec.json.encode(adapter))
+        async with parts.engines.post(request.path, msgspec.json.encode(fields), _trace(request)) as upstream:
+            body = Rename(adapter, shown or parts.alias, strip_token_ids=False).answer(await read_answer(upstream))
+            return web.Response(body=body, status=upstream.status, headers=relayed_headers(upstream))
+
+
+async def not_served(request: web.Request) -> web.Response:
+    """Everything else, the engine's admin routes among it, stays unreachable."""
+    raise Refusal(404, f"{request.method} {request.path[:120]} is not served here", code="unknown_url")
+
+
+def choose_arm(route: Route, model: str | None, subject: str, parts: Parts) -> Arm:
+    """Who answers: the alias goes by the subject's hash; the base or a version that the route names may be asked for
+    by name, outside of the arms. Raises Refusal 404.
+    """
+    if model is None or model == parts.alias:
+        return pick_arm(route, subject, parts.base_name)
+    versions = {adapter_name(route.alias, version) for version in (route.live, route.canary) if version is not None}
+    if model == parts.base_name or model in versions:
+        return Arm("direct", model)  # type: ignore[arg-type]  # logged, but no share of the traffic
+    raise Refusal(
+        404,
+        f"the model {model[:120]!r} does not exist; expected {parts.alias!r}",
+        param="model",
+        code="model_not_found",
+    )
+
+
+async def _generate(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+    parts = request.app[PARTS]
+    parts.check_key(request)
+    started_at_ms, started_s = int(time.time() * 1000), time.monotonic()
+    ask = read_ask(endpoint, request.headers, await read_body(request, parts.gateway.max_body_bytes), parts.rater_salt)
+    key = key_of_message_id(ask.message_id) if ask.message_id else random_key()
+    response_id = f"{_ID_PREFIX[endpoint]}-{key}-{uuid7(started_at_ms)}"
+    exchange = Exchange(ask, response_id, key, ask.model or parts.alias, started_at_ms, started_s)
+    await parts.routes.is_known.wait()
+    status = 499  # what nginx calls a client that has left
+    try:
+        response = await _ask_engine(request, exchange, parts)
+        status = response.status
+        return response
+    except web.HTTPException as exc:
+        status = exc.status
+        raise
+    finally:
+        metrics.gateway_requests.labels(endpoint, exchange.arm, str(status)).inc()
+        metrics.gateway_request_seconds.labels(endpoint, exchange.arm).observe(time.monotonic() - started_s)
+
+
+async def _ask_engine(request: web.Request, exchange: Exchange, parts: Parts) -> web.StreamResponse:
+    """Send and relay; where the engine does not know the adapter any more, the route is read again and tried once."""
+    ask = exchange.ask
+    # vLLM makes the response's id of this header, so that no body is rewritten for it.
+    headers = {"X-Request-Id": exchange.response_id.partition("-")[2], **_trace(request)}
+    path = _PATH[ask.endpoint]
+    is_retried = False
+    while True:
+        with parts.routes.use() as route:
+            arm = choose_arm(route, ask.model, ask.conversation_id, parts)
+            exchange.serve_by(arm, route.generation)
+            async with parts.engines.post(path, ask.upstream_body(arm.adapter), headers) as upstream:
+                if upstream.status != 404 or is_retried or arm.adapter == parts.base_name:
+                    return await relay(request, upstream, exchange, parts)
+        is_retried = True
+        metrics.gateway_route_retries.inc()
+        await parts.routes.refresh()
+
+
+def _trace(request: web.Request) -> dict[str, str]:
+    return {name: request.headers[name] for name in ("traceparent", "tracestate") if name in request.headers}

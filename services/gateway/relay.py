@@ -1,0 +1,175 @@
+"""An engine's answer on its way to the app: passed on as it comes, with a tee to the log beside the copy loop.
+
+A failure of the capture costs an event and a counter, never a response. The last byte waits for the spool, but not for
+longer than `capture_timeout_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import aiohttp
+from aiohttp import web
+
+from loop import metrics
+from loop.log import NewRecord
+from services.gateway.answers import EventStream, Rename, Transcript
+from services.gateway.capture import Exchange, build_record
+from services.gateway.errors import Refusal
+from services.gateway.identity import sign_token
+from services.gateway.parts import Parts
+
+RESPONSE_ID = "X-Thumbwheel-Response-Id"
+FEEDBACK_TOKEN = "X-Thumbwheel-Feedback-Token"
+# Headers that concern one connection, or that only the server in front may set.
+_NOT_PASSED_ON = frozenset(
+    {"connection", "content-length", "date", "keep-alive", "server", "te", "trailer", "transfer-encoding", "upgrade"}
+)
+
+
+async def relay(
+    request: web.Request, upstream: aiohttp.ClientResponse, exchange: Exchange, parts: Parts
+) -> web.StreamResponse:
+    """Pass the answer on and log it. Raises Refusal where the engine fails before the first byte."""
+    ask = exchange.ask
+    is_captured = ask.is_captured and upstream.status == 200
+    headers = relayed_headers(upstream)
+    if is_captured:
+        expiry_s = exchange.started_at_ms // 1000 + parts.gateway.token_ttl_s
+        headers[RESPONSE_ID] = exchange.response_id
+        headers[FEEDBACK_TOKEN] = sign_token(parts.token_secret, exchange.response_id, ask.rater or "", expiry_s)
+    # What the app did not ask for was asked for by us, in `Ask.upstream_body`.
+    rename = Rename(exchange.adapter, exchange.shown_model, strip_token_ids=is_captured and not ask.wants_token_ids)
+    # The engine's own word on whether it streams: it is more lenient than we in what it takes for `true`.
+    if upstream.status == 200 and upstream.content_type == "text/event-stream":
+        stream = EventStream(rename, Transcript() if is_captured else None)
+        response = await _relay_stream(request, upstream, exchange, parts, stream, headers)
+    else:
+        body = await read_answer(upstream)
+        _see_first_byte(exchange)
+        if is_captured:
+            await _wait(_log(parts, exchange, lambda: _read_body(body), len(body)), exchange, parts)
+        response = web.Response(body=rename.answer(body), status=upstream.status, headers=headers)
+    if parts.is_draining:
+        response.force_close()
+    return response
+
+
+def relayed_headers(upstream: aiohttp.ClientResponse) -> dict[str, str]:
+    """The engine's headers for the app; cross-origin rules are the gateway's own."""
+    return {
+        name: value
+        for name, value in upstream.headers.items()
+        if (lower := name.lower()) not in _NOT_PASSED_ON and not lower.startswith("access-control-")
+    }
+
+
+async def read_answer(upstream: aiohttp.ClientResponse) -> bytes:
+    """The whole body. Raises Refusal 502 or 503 where it does not come."""
+    try:
+        return await upstream.read()
+    except TimeoutError as exc:
+        raise Refusal(503, "the engine did not finish its answer in time", code="engine_timeout") from exc
+    except aiohttp.ClientError as exc:
+        raise Refusal(502, f"the engine broke off its answer: {exc}", code="engine_failed") from exc
+
+
+async def _relay_stream(
+    request: web.Request,
+    upstream: aiohttp.ClientResponse,
+    exchange: Exchange,
+    parts: Parts,
+    stream: EventStream,
+    headers: dict[str, str],
+) -> web.StreamResponse:
+    response = web.StreamResponse(headers=headers)
+    is_complete = False
+    try:
+        await response.prepare(request)
+        # Bounds what the engine's timeout does not: an app that has stopped reading.
+        async with asyncio.timeout(parts.request_timeout_s):
+            is_complete = await _copy(upstream, response, stream, exchange)
+    except (TimeoutError, ConnectionError):  # a client that has left: the engine is told by closing its connection
+        pass
+    finally:  # on cancellation too, which is how aiohttp says that the client has left
+        written = None if stream.transcript is None else _log_stream(parts, exchange, stream, is_complete)
+    if not is_complete:
+        if request.transport is not None:
+            request.transport.close()  # without the last chunk, so that the app sees an answer cut off, as we did
+        return response
+    if written is not None:
+        await _wait(written, exchange, parts)
+    with suppress(ConnectionError):  # it may have left with everything but the end
+        await response.write_eof(stream.rest())
+    return response
+
+
+async def _copy(
+    upstream: aiohttp.ClientResponse, response: web.StreamResponse, stream: EventStream, exchange: Exchange
+) -> bool:
+    """Whether the engine came to its end; what it sends goes to the app at once."""
+    while True:
+        try:
+            block = await upstream.content.readany()
+        except (aiohttp.ClientError, TimeoutError):
+            return stream.is_done
+        if not block:
+            return True
+        if exchange.first_byte_s is None:
+            _see_first_byte(exchange)
+        if ready := stream.feed(block):
+            await response.write(ready)
+
+
+def _see_first_byte(exchange: Exchange) -> None:
+    exchange.first_byte_s = time.monotonic()
+    waited_s = exchange.first_byte_s - exchange.started_s
+    metrics.gateway_first_byte_seconds.labels(exchange.ask.endpoint, exchange.arm).observe(waited_s)
+
+
+def _read_body(body: bytes) -> Transcript:
+    transcript = Transcript()
+    transcript.read_body(body)
+    return transcript
+
+
+def _log_stream(parts: Parts, exchange: Exchange, stream: EventStream, is_complete: bool) -> asyncio.Future[bool]:
+    is_whole = is_complete and stream.is_done
+    return _log(parts, exchange, stream.finish, stream.kept_bytes, is_aborted=not is_whole)
+
+
+def _log(
+    parts: Parts, exchange: Exchange, read: Callable[[], Transcript], size: int, *, is_aborted: bool = False
+) -> asyncio.Future[bool]:
+    """Hand the response to the spool; the answer is read there, in its thread."""
+    ended_s = time.monotonic()
+
+    def build() -> NewRecord:
+        transcript = read()
+        return build_record(
+            exchange,
+            transcript,
+            topic=parts.responses_topic,
+            source=parts.source,
+            aborted=is_aborted or not transcript.has_finished,
+            ended_s=ended_s,
+        )
+
+    return parts.spool.put_response(build, size + exchange.ask.size)
+
+
+async def _wait(written: asyncio.Future[bool], exchange: Exchange, parts: Parts) -> None:
+    """Until the response is in the spool or its time is over: then it counts as lost, though it may still get there."""
+    timer = asyncio.get_running_loop().call_later(parts.gateway.capture_timeout_s, _expire, written)
+    if await written:
+        metrics.gateway_responses_logged.labels(exchange.arm).inc()
+    timer.cancel()
+
+
+def _expire(written: asyncio.Future[bool]) -> None:
+    if not written.done():
+        metrics.gateway_responses_lost.labels("late").inc()
+        written.set_result(False)

@@ -1,0 +1,194 @@
+"""The gateway's disk spool: one thread that writes responses and feedback, many at a time.
+
+With the embedded log the spool is the log itself; else `forward.py` carries its records to the broker. The event loop
+never waits for the disk: it hands a record over and gets a future. Records are built in the thread too, so that what
+costs time there (encoding; later redaction) holds up no stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from loop import metrics
+from loop.log import LogUnavailableError, NewRecord
+from loop.log.embedded import EmbeddedLog
+
+SYNC_WITHIN_S = 0.2
+QUOTA_EVERY_S = 0.5
+MAX_BATCH = 500
+MAX_WAITING_BYTES = 128 * 1024 * 1024
+CLOCK = "hlc"  # the meta entry with the clock's last stamp
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One record to write. Feedback has a `stamp` and is done when it is on disk; a response when it is in the WAL."""
+
+    build: Callable[[], NewRecord]
+    size: int
+    done: asyncio.Future[bool]
+    stamp: int | None = None
+    record: NewRecord | None = None
+
+
+class Spool:
+    """Writes to `log` from a thread of its own; all its methods are called on the event loop."""
+
+    def __init__(self, log: EmbeddedLog, quota_bytes: int) -> None:
+        self._log = log
+        self._quota_bytes = quota_bytes
+        self._loop = asyncio.get_running_loop()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._put_bytes = 0  # each counter has one writing thread, so that their difference needs no lock
+        self._taken_bytes = 0
+        self._is_full = False
+        self._next_quota_check = 0.0
+        self._unsynced_since: float | None = None
+        self.is_failing = False
+        self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
+        self._thread.start()
+
+    def put_response(self, build: Callable[[], NewRecord], size: int) -> asyncio.Future[bool]:
+        """Write a response: True once it would survive kill -9, False where it is lost (which is counted)."""
+        if self._put_bytes - self._taken_bytes > MAX_WAITING_BYTES:
+            metrics.gateway_responses_lost.labels("backlog").inc()
+            done: asyncio.Future[bool] = self._loop.create_future()
+            done.set_result(False)
+            return done
+        return self._put(_Job(build, size, self._loop.create_future()))
+
+    def put_feedback(self, record: NewRecord, stamp: int) -> asyncio.Future[bool]:
+        """Write feedback and the clock's `stamp` with it: True once both are on disk."""
+        return self._put(_Job(lambda: record, len(record.value), self._loop.create_future(), stamp))
+
+    async def close(self) -> None:
+        """Write what was handed over, sync, end the thread."""
+        self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _put(self, job: _Job) -> asyncio.Future[bool]:
+        self._put_bytes += job.size
+        self._jobs.put(job)
+        return job.done
+
+    # --- the thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            batch, is_open = self._next_batch()
+            if batch:
+                try:
+                    self._write(batch)
+                except Exception:  # the thread must live: without it every feedback would fail
+                    _log.exception("spool batch failed", extra={"action": "spool_failed"})
+                    self._give_up(batch, "failed")
+            if self._unsynced_since is not None and (
+                not is_open or time.monotonic() >= self._unsynced_since + SYNC_WITHIN_S
+            ):
+                self._sync()
+
+    def _next_batch(self) -> tuple[list[_Job], bool]:
+        """Everything that waits, up to MAX_BATCH; empty when a sync is due. False: the last one."""
+        timeout_s = None
+        if self._unsynced_since is not None:
+            timeout_s = max(0.0, self._unsynced_since + SYNC_WITHIN_S - time.monotonic())
+        batch: list[_Job] = []
+        try:
+            job = self._jobs.get(timeout=timeout_s)
+            while job is not None:
+                batch.append(job)
+                self._taken_bytes += job.size
+                if len(batch) == MAX_BATCH:
+                    return batch, True
+                job = self._jobs.get_nowait()
+        except queue.Empty:
+            return batch, True
+        return batch, False
+
+    def _write(self, batch: list[_Job]) -> None:
+        responses = [job for job in batch if job.stamp is None]
+        feedback = [job for job in batch if job.stamp is not None]
+        if responses and self._is_over_quota():
+            self._give_up(responses, "quota")
+            responses = []
+        responses = [job for job in responses if self._build(job)]
+        for job in feedback:
+            job.record = job.build()
+        if not self._commit([*responses, *feedback]):
+            # What made the whole batch fail may be the size of its responses; feedback gets a try of its own.
+            self._give_up(responses, "failed")
+            responses = []
+            if not feedback or not self._commit(feedback):
+                self._settle(feedback, False)
+                return
+        self._settle(responses, True)
+        if feedback:
+            self._settle(feedback, self._sync())
+
+    def _build(self, job: _Job) -> bool:
+        try:
+            job.record = job.build()
+        except Exception:  # a capture that fails costs its event, never more
+            _log.exception("response not logged", extra={"action": "capture_failed"})
+            self._give_up([job], "capture")
+            return False
+        return True
+
+    def _commit(self, jobs: Sequence[_Job]) -> bool:
+        records = [job.record for job in jobs if job.record is not None]
+        stamps = [job.stamp for job in jobs if job.stamp is not None]
+        if not records:
+            return True
+        try:
+            self._log.write(records, {CLOCK: str(max(stamps))} if stamps else None)
+        except LogUnavailableError as exc:
+            self._fail(exc)
+            return False
+        self.is_failing = False
+        self._unsynced_since = self._unsynced_since or time.monotonic()
+        return True
+
+    def _sync(self) -> bool:
+        self._unsynced_since = None
+        try:
+            self._log.sync()
+        except LogUnavailableError as exc:
+            self._fail(exc)
+            return False
+        return True
+
+    def _fail(self, exc: Exception) -> None:
+        if not self.is_failing:
+            _log.error("%s; feedback gets a 503 and responses are lost", exc, extra={"action": "spool_failed"})
+        self.is_failing = True
+
+    def _is_over_quota(self) -> bool:
+        now = time.monotonic()
+        if now >= self._next_quota_check:
+            self._next_quota_check = now + QUOTA_EVERY_S
+            self._is_full = self._log.used_bytes() >= self._quota_bytes
+        return self._is_full
+
+    def _give_up(self, jobs: Sequence[_Job], reason: str) -> None:
+        lost = sum(job.stamp is None for job in jobs)
+        metrics.gateway_responses_lost.labels(reason).inc(lost)
+        self._settle(jobs, False)
+
+    def _settle(self, jobs: Sequence[_Job], result: bool) -> None:
+        if jobs:
+            self._loop.call_soon_threadsafe(_settle, [job.done for job in jobs], result)
+
+
+def _settle(futures: Sequence[asyncio.Future[bool]], result: bool) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(result)
