@@ -11,7 +11,7 @@ import os
 import re
 import uuid
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -20,6 +20,17 @@ FEEDBACK_TYPE = "thumbwheel.feedback.given.v1"
 _RESPONSE_ID = re.compile(r"^(?:chatcmpl|cmpl)-([0-9a-f]{16})-[0-9a-f-]{36}$")
 
 FeedbackValue = Literal["up", "down", "retract"]
+# What the store keeps in columns is bounded here, so that an event which no store could hold breaks the contract.
+_NO_NUL = r"^[^\x00]*$"  # Postgres' text holds every character but this one
+Id = Annotated[str, msgspec.Meta(max_length=256, pattern=_NO_NUL)]
+ResponseId = Annotated[str, msgspec.Meta(max_length=80, pattern=_RESPONSE_ID.pattern)]
+Key = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}$")]
+Name = Annotated[str, msgspec.Meta(max_length=160, pattern=_NO_NUL)]
+ShortName = Annotated[str, msgspec.Meta(max_length=64, pattern=_NO_NUL)]
+Arm = Annotated[str, msgspec.Meta(max_length=16, pattern=_NO_NUL)]
+Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+Stamp = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Milliseconds = Annotated[int, msgspec.Meta(ge=0, lt=4_102_444_800_000)]  # until 2100
 
 
 class EventError(ValueError):
@@ -31,7 +42,7 @@ class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
 
     message: dict[str, Any]
     """The assistant's message as it was served: role, content, tool_calls, …; for completions content only."""
-    index: int = 0
+    index: Index = 0
     token_ids: list[int] | None = None
     """Completion token ids as they were sampled, the end token included where one was; None where unknown."""
     finish_reason: str | None = None
@@ -42,7 +53,7 @@ class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
 class ResponseLogged(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One response that an app received, with everything that training needs to see what was served."""
 
-    response_id: str
+    response_id: ResponseId
     choices: list[Choice]
     messages: list[dict[str, Any]] | None = None
     """The prompt of a chat completion."""
@@ -52,22 +63,22 @@ class ResponseLogged(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     endpoint: Literal["chat", "completions"] = "chat"
     alias: str = ""
     """The model name that the app asked for."""
-    adapter: str = ""
+    adapter: Name = ""
     """The engine's model name that served it: `<alias>@<version>`, or the base model's."""
-    arm: str = "live"
+    arm: Arm = "live"
     generation: int = 0
     """Generation of the route that chose the arm."""
-    conversation_id: str | None = None
-    rater: str | None = None
+    conversation_id: Id | None = None
+    rater: ShortName | None = None
     """Keyed hash of the app's user, where the request named one."""
-    message_id: str | None = None
+    message_id: Id | None = None
     """The app's own message id, where it gave one."""
     tools: list[dict[str, Any]] | None = None
     params: dict[str, Any] = {}
     """Sampling parameters of the request (temperature, top_p, max_tokens, …)."""
     aborted: bool = False
     """The client left, or the engine failed, before the answer was whole: never trained on."""
-    started_at_ms: int = 0
+    started_at_ms: Milliseconds = 0
     first_token_s: float | None = None
     """Seconds from the request to the first upstream byte of the body."""
     duration_s: float = 0.0
@@ -82,19 +93,19 @@ class ResponseLogged(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 class FeedbackGiven(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One signal of one rater on one response; a rater's last one wins."""
 
-    feedback_id: str
+    feedback_id: Id
     """The caller's idempotency key; copies of one feedback_id count once, at their earliest stamp."""
     value: FeedbackValue
-    hlc: int
+    hlc: Stamp
     """Hybrid logical clock of the gateway that took it: milliseconds << 16 | counter."""
-    response_id: str | None = None
-    message_id: str | None = None
+    response_id: ResponseId | None = None
+    message_id: Id | None = None
     """The app's own message id, instead of a response_id: means the last response under it."""
-    choice_index: int = 0
-    rater: str = ""
+    choice_index: Index = 0
+    rater: ShortName = ""
     """Keyed hash of the rater; empty where the app names none (then the response has one anonymous rater)."""
-    weight: float = 1.0
-    source: str = "explicit"
+    weight: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 1.0
+    source: ShortName = "explicit"
     comment: str | None = None
     reasons: list[str] = []
 
@@ -102,9 +113,9 @@ class FeedbackGiven(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tru
 class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True):
     """What readers need of the CloudEvents envelope around a ResponseLogged. `partitionkey` is the design's key."""
 
-    id: str
+    id: Id
     type: str
-    partitionkey: str
+    partitionkey: Key
     time: str
     data: ResponseLogged
 
@@ -112,9 +123,9 @@ class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True):
 class FeedbackEvent(msgspec.Struct, frozen=True, kw_only=True):
     """The same around a FeedbackGiven."""
 
-    id: str
+    id: Id
     type: str
-    partitionkey: str
+    partitionkey: Key
     time: str
     data: FeedbackGiven
 

@@ -15,6 +15,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    text,
 )
 from sqlalchemy.dialects import postgresql
 
@@ -47,15 +48,22 @@ response_index = Table(
     Column("day", Date, nullable=False),
     Column("message_id", String(256)),
     Column("started_at_ms", BigInteger, nullable=False),
-    Index("response_index_message", "message_id", "started_at_ms"),
+    Column("event_id", String(256), nullable=False),
+    Index(
+        "response_index_message",
+        "message_id",
+        sqlite_where=text("message_id IS NOT NULL"),
+        postgresql_where=text("message_id IS NOT NULL"),
+    ),
 )
 
-# One row for each feedback_id, at its earliest stamp; joined or still pending (its response not seen yet).
+# One row for each feedback_id, at its earliest stamp. The key is a part of the identity: so a partition's votes are
+# its joiner's alone, even where an app uses one feedback_id for two responses. `pending`: its response is not seen yet.
 votes = Table(
     "votes",
     metadata,
+    Column("key", String(16), primary_key=True),
     Column("feedback_id", String(256), primary_key=True),
-    Column("key", String(16), nullable=False),
     Column("response_id", ResponseId),
     Column("message_id", String(256)),
     Column("choice_index", Integer, nullable=False),
@@ -64,10 +72,12 @@ votes = Table(
     Column("weight", Float, nullable=False),
     Column("source", String(64), nullable=False),
     Column("hlc", BigInteger, nullable=False),
-    Column("event_id", String(80), nullable=False),
+    Column("event_id", String(256), nullable=False),
     Column("detail", Json, nullable=False),
+    Column("pending", Boolean, nullable=False),
     Index("votes_response", "response_id"),
     Index("votes_message", "message_id"),
+    Index("votes_pending", "hlc", sqlite_where=text("pending"), postgresql_where=text("pending")),
 )
 
 # A response's choice with the votes that stand on it: what snapshots read.

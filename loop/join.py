@@ -1,0 +1,163 @@
+"""The join rule, pure: which votes stand on which response, and what example that makes. Values in, decision out.
+
+The rule, whatever the order of arrival:
+
+- A response counts once, however often it is delivered; of several events under one response_id the earliest counts
+  (started_at_ms, then event id).
+- Copies of one feedback_id (under one key) count once, at their earliest stamp (hlc, then event id).
+- A vote by message_id means the last response under that message id (started_at_ms, then response_id).
+- Of one rater's votes on one choice of a response the last one counts (hlc, event id, feedback_id); `retract` takes
+  the rater's vote away. Votes that name no rater are those of one anonymous rater.
+- A choice with at least one standing vote is an example; an aborted response makes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from loop.events import (
+    EventError,
+    FeedbackEvent,
+    ResponseEvent,
+    decode_response,
+    key_of_message_id,
+    key_of_response_id,
+)
+
+
+class Response(NamedTuple):
+    """What the join keeps of a response."""
+
+    response_id: str
+    key: str
+    day: str
+    """The UTC day on which it began, YYYY-MM-DD."""
+    message_id: str | None
+    started_at_ms: int
+    event_id: str
+
+
+class Vote(NamedTuple):
+    """What the join keeps of feedback. It names a response_id or a message_id, never both."""
+
+    key: str
+    feedback_id: str
+    response_id: str | None
+    message_id: str | None
+    choice_index: int
+    rater: str
+    value: str
+    weight: float
+    source: str
+    hlc: int
+    event_id: str
+    comment: str | None = None
+    reasons: tuple[str, ...] = ()
+
+
+class Joined(NamedTuple):
+    """One example: a choice of a response with the votes that stand on it, sorted by rater."""
+
+    response_id: str
+    choice_index: int
+    key: str
+    day: str
+    adapter: str
+    arm: str
+    conversation_id: str | None
+    votes: list[dict[str, Any]]
+    up: int
+    down: int
+    voted_at_ms: int
+    event: bytes
+
+
+def read_response(event: ResponseEvent) -> Response:
+    """The event as the join keeps it. Raises EventError where its keys do not agree."""
+    data = event.data
+    # Only what agrees on its key is in one partition, and so in one joiner's hands.
+    if key_of_response_id(data.response_id) != event.partitionkey:
+        raise EventError(f"partitionkey is {event.partitionkey!r}, expected the key in {data.response_id!r}")
+    # A message id under another key can be no vote's target: those votes are in the partition of the id's own key.
+    message_id = data.message_id
+    if message_id is not None and key_of_message_id(message_id) != event.partitionkey:
+        message_id = None
+    day = datetime.fromtimestamp(data.started_at_ms / 1000, UTC).date().isoformat()
+    return Response(data.response_id, event.partitionkey, day, message_id, data.started_at_ms, event.id)
+
+
+def read_vote(event: FeedbackEvent) -> Vote:
+    """The event as the join keeps it. Raises EventError where its keys do not agree."""
+    data = event.data
+    key = key_of_response_id(data.response_id) if data.response_id else key_of_message_id(data.message_id or "")
+    if key != event.partitionkey:
+        raise EventError(f"partitionkey is {event.partitionkey!r}, expected {key!r}, the key of what the vote is on")
+    return Vote(
+        key=key,
+        feedback_id=data.feedback_id,
+        response_id=data.response_id,
+        message_id=None if data.response_id else data.message_id,
+        choice_index=data.choice_index,
+        rater=data.rater,
+        value=data.value,
+        weight=data.weight,
+        source=data.source,
+        hlc=data.hlc,
+        event_id=event.id,
+        comment=data.comment,
+        reasons=tuple(data.reasons),
+    )
+
+
+def is_earlier_response(one: Response, other: Response) -> bool:
+    """Whether `one` counts rather than `other`, both under one response_id."""
+    return (one.started_at_ms, one.event_id) < (other.started_at_ms, other.event_id)
+
+
+def is_earlier_copy(one: Vote, other: Vote) -> bool:
+    """Whether `one` counts rather than `other`, both copies of one feedback_id."""
+    return (one.hlc, one.event_id) < (other.hlc, other.event_id)
+
+
+def last_response(responses: Iterable[Response]) -> Response:
+    """Of the responses under one message id, the one that votes by that id mean."""
+    return max(responses, key=lambda response: (response.started_at_ms, response.response_id))
+
+
+def join(response: Response, votes: Iterable[Vote], event: bytes) -> list[Joined]:
+    """The examples of a response, given all votes that mean it. `event` is the response's own event."""
+    last: dict[tuple[int, str], Vote] = {}
+    for vote in sorted(votes, key=lambda vote: (vote.hlc, vote.event_id, vote.feedback_id)):
+        last[vote.choice_index, vote.rater] = vote
+    standing: dict[int, list[Vote]] = {}
+    for (choice_index, _), vote in sorted(last.items()):
+        if vote.value != "retract":
+            standing.setdefault(choice_index, []).append(vote)
+    if not standing:
+        return []
+    data = decode_response(event).data
+    if data.aborted:
+        return []
+    served = {choice.index for choice in data.choices}
+    return [
+        Joined(
+            response_id=response.response_id,
+            choice_index=choice_index,
+            key=response.key,
+            day=response.day,
+            adapter=data.adapter,
+            arm=data.arm,
+            conversation_id=data.conversation_id,
+            votes=[
+                {"rater": v.rater, "value": v.value, "weight": v.weight, "source": v.source, "hlc": v.hlc} for v in on
+            ],
+            up=sum(vote.value == "up" for vote in on),
+            down=sum(vote.value == "down" for vote in on),
+            voted_at_ms=max(vote.hlc for vote in on) >> 16,
+            event=event,
+        )
+        for choice_index, on in standing.items()
+        if choice_index in served
+    ]
