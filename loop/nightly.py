@@ -215,7 +215,7 @@ def _roll_out(night: Night, version: str, gate: dict[str, Any]) -> dict[str, Any
     fleet, now_ms = night.fleet, _now_ms()
     verdict = gate["verdict"]
     if verdict != "pass":
-        why = "; ".join(c["name"] for c in gate["checks"] if c["verdict"] not in ("pass", "not_asked"))
+        why = "; ".join(c["name"] for c in gate["checks"] if c["verdict"] in ("fail", "insufficient"))
         with write(fleet.store) as connection:
             registry.move(
                 connection, version, "rejected", f"gate: {verdict} ({why})", now_ms, manifest={"verdict": verdict}

@@ -152,12 +152,11 @@ def score(
 ) -> None:
     """Score rows or pairs by their log-probs."""
     section = _settings(settings).train
-    from loop.kto.score import score as score_file
+    from loop.kto.score import score_file
 
-    section = section.model_copy(
-        update={"quantization": quantization, "chat_template": chat_template or section.chat_template}
-    )
-    _print_json(score_file(section, model, adapter, data))
+    template = chat_template or section.chat_template
+    figures = score_file(model, data, adapter, chat_template=template, quantization=quantization, dtype=section.dtype)
+    _print_json(figures)
 
 
 def _with_flags(section: TrainSettings, arguments: list[str]) -> TrainSettings:
