@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loop.store.examples import count_labels
 
 from loop.registry import list_adapters
 from loop.settings import Settings, load_settings
 from loop.store import open_store
+from loop.store.examples import count_labels
 from loop.store.runs import list_runs, run_stages
 from tests.conftest import DEMO_MODEL, ROOT, free_port
 
