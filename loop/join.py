@@ -14,6 +14,7 @@ The rule, whatever the order of arrival:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -21,10 +22,12 @@ from loop.events import (
     EventError,
     FeedbackEvent,
     ResponseEvent,
+    decode_feedback,
     decode_response,
     key_of_message_id,
     key_of_response_id,
 )
+from loop.log import Record
 
 
 class Response(NamedTuple):
@@ -72,6 +75,60 @@ class Joined(NamedTuple):
     down: int
     voted_at_ms: int
     event: bytes
+
+
+class DeadLetter(NamedTuple):
+    """A record that breaks the contract, its bytes untouched, and how it does."""
+
+    topic: str
+    partition: int
+    offset: int
+    reason: str
+    key: str
+    value: bytes
+
+
+@dataclass
+class Batch:
+    """Records of both topics, read: each response and each feedback_id once, at what counts."""
+
+    responses: dict[str, tuple[Response, bytes]] = field(default_factory=dict)
+    votes: dict[tuple[str, str], Vote] = field(default_factory=dict)
+    dead_letters: list[DeadLetter] = field(default_factory=list)
+    copies: dict[str, int] = field(default_factory=dict)
+    """Events by topic that were there twice within the batch."""
+
+    def add_response(self, response: Response, event: bytes) -> bool:
+        """Keep the earliest of its response_id; returns whether there was one already."""
+        other = self.responses.get(response.response_id)
+        if other is None or is_earlier_response(response, other[0]):
+            self.responses[response.response_id] = response, event
+        return other is not None
+
+    def add_vote(self, vote: Vote) -> bool:
+        """Keep the earliest copy of its feedback_id; returns whether there was one already."""
+        other = self.votes.get((vote.key, vote.feedback_id))
+        if other is None or is_earlier_copy(vote, other):
+            self.votes[vote.key, vote.feedback_id] = vote
+        return other is not None
+
+
+def read_batch(records: Iterable[Record], responses_topic: str) -> Batch:
+    """Decode the records of both topics; what breaks the contract becomes a dead letter, and the rest goes on."""
+    batch = Batch()
+    for record in records:
+        try:
+            if record.topic == responses_topic:
+                is_copy = batch.add_response(read_response(decode_response(record.value)), record.value)
+            else:
+                is_copy = batch.add_vote(read_vote(decode_feedback(record.value)))
+        except EventError as exc:
+            letter = DeadLetter(record.topic, record.partition, record.offset, str(exc), record.key, record.value)
+            batch.dead_letters.append(letter)
+            continue
+        if is_copy:
+            batch.copies[record.topic] = batch.copies.get(record.topic, 0) + 1
+    return batch
 
 
 def read_response(event: ResponseEvent) -> Response:

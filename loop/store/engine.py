@@ -74,6 +74,8 @@ def _open_sqlite(url: URL) -> Engine:
     def set_up(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves: the driver would only do it before the first write
         connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
+        connection.execute("PRAGMA wal_autocheckpoint = 8000")
+        connection.execute("PRAGMA cache_size = -65536")  # KiB: the joiner's index pages are hit at random
         connection.execute("PRAGMA synchronous = NORMAL")  # positions and what they cover are lost together, or not
         connection.execute("PRAGMA foreign_keys = OFF")
 
@@ -115,6 +117,11 @@ def _open_postgres(url: URL, pool_size: int) -> Engine:
         connect_args={"application_name": "thumbwheel", "connect_timeout": 10},
     )
     with write(engine) as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _SCHEMA_LOCK})
+        lock_schema(connection)
         metadata.create_all(connection)
     return engine
+
+
+def lock_schema(connection: Connection) -> None:
+    """Be the only one who changes Postgres' schema, until the transaction ends."""
+    connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _SCHEMA_LOCK})

@@ -1,0 +1,168 @@
+"""Many rows at a time, in one transaction, by the raw drivers: SQLite's executemany and Postgres' COPY.
+
+SQLAlchemy's cost for each row is about that of the whole join, so the joiner's tables are written by plain SQL, made
+once from the schema. Rows are tuples in the order of a table's columns, as the drivers take them: days as YYYY-MM-DD,
+JSON as text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from datetime import date
+from functools import cache
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, Date, LargeBinary, Table
+
+Row = tuple[Any, ...]
+
+
+class Bulk(Protocol):
+    """One transaction. In `sql`, `?` stands for a value and `COLUMN IN ??` for a whole list of them."""
+
+    def stage(self, table: Table, rows: Sequence[Row]) -> None:
+        """Bring new rows near, before any lock is taken."""
+
+    def insert_staged(self, table: Table) -> None:
+        """Insert the staged rows whose primary key is not there yet."""
+
+    def upsert(self, table: Table, rows: Sequence[Row]) -> None:
+        """Insert rows, or overwrite those of the same primary key."""
+
+    def insert(self, table: Table, rows: Sequence[Row]) -> None:
+        """Insert the rows whose primary key is not there yet."""
+
+    def execute(self, sql: str, *values: Any) -> int:
+        """Run one statement; returns how many rows it changed."""
+
+    def execute_many(self, sql: str, rows: Sequence[Row]) -> None:
+        """Run one statement for each row of values."""
+
+    def select(self, sql: str, *values: Any) -> list[Row]:
+        """The rows of one query; where the only value is an empty collection, none."""
+
+
+def open_bulk(connection: Connection) -> Bulk:
+    """The bulk form of a transaction that was begun on `connection`."""
+    cursor = connection.connection.cursor()
+    return SqliteBulk(cursor) if connection.dialect.name == "sqlite" else PostgresBulk(cursor)
+
+
+class SqliteBulk:
+    """Rows go in by executemany; lists go in as one JSON value."""
+
+    def __init__(self, cursor: Any) -> None:
+        self._cursor = cursor
+        self._staged: dict[str, Sequence[Row]] = {}
+
+    def stage(self, table: Table, rows: Sequence[Row]) -> None:
+        self._staged[table.name] = rows  # the write lock is held from the beginning on: nothing to win
+
+    def insert_staged(self, table: Table) -> None:
+        self.insert(table, self._staged.pop(table.name))
+
+    def upsert(self, table: Table, rows: Sequence[Row]) -> None:
+        self.execute_many(upsert_sql(table), rows)
+
+    def insert(self, table: Table, rows: Sequence[Row]) -> None:
+        self.execute_many(insert_sql(table), rows)
+
+    def execute(self, sql: str, *values: Any) -> int:
+        return int(self._cursor.execute(*_for_sqlite(sql, values)).rowcount)
+
+    def execute_many(self, sql: str, rows: Sequence[Row]) -> None:
+        self._cursor.executemany(sql, rows)
+
+    def select(self, sql: str, *values: Any) -> list[Row]:
+        if _is_nothing(values):
+            return []
+        rows: list[Row] = self._cursor.execute(*_for_sqlite(sql, values)).fetchall()
+        return rows
+
+
+class PostgresBulk:
+    """New rows go into temporary tables by COPY and from there into their own by one statement."""
+
+    def __init__(self, cursor: Any) -> None:
+        self._cursor = cursor
+
+    def stage(self, table: Table, rows: Sequence[Row]) -> None:
+        self._cursor.execute(
+            f"CREATE TEMPORARY TABLE IF NOT EXISTS staged_{table.name} (LIKE {table.name}) ON COMMIT DELETE ROWS"
+        )
+        dates = [n for n, column in enumerate(table.columns) if isinstance(column.type, Date)]
+        with self._cursor.copy(f"COPY staged_{table.name} FROM STDIN (FORMAT BINARY)") as copy:
+            copy.set_types([_binary_type(column) for column in table.columns])
+            for row in rows:
+                copy.write_row(_with_dates(row, dates))
+
+    def insert_staged(self, table: Table) -> None:
+        self._cursor.execute(f"INSERT INTO {table.name} SELECT * FROM staged_{table.name} ON CONFLICT DO NOTHING")
+
+    def upsert(self, table: Table, rows: Sequence[Row]) -> None:
+        self.execute_many(upsert_sql(table), rows)
+
+    def insert(self, table: Table, rows: Sequence[Row]) -> None:
+        self.execute_many(insert_sql(table), rows)
+
+    def execute(self, sql: str, *values: Any) -> int:
+        self._cursor.execute(*_for_postgres(sql, values))
+        return int(self._cursor.rowcount)
+
+    def execute_many(self, sql: str, rows: Sequence[Row]) -> None:
+        if rows:
+            self._cursor.executemany(sql.replace("?", "%s"), rows)
+
+    def select(self, sql: str, *values: Any) -> list[Row]:
+        if _is_nothing(values):
+            return []
+        rows: list[Row] = self._cursor.execute(*_for_postgres(sql, values)).fetchall()
+        return rows
+
+
+@cache
+def insert_sql(table: Table) -> str:
+    """INSERT that leaves rows that are there as they are."""
+    names = ", ".join(f'"{column.name}"' for column in table.columns)
+    marks = ", ".join("?" * len(table.columns))
+    return f"INSERT INTO {table.name} ({names}) VALUES ({marks}) ON CONFLICT DO NOTHING"
+
+
+@cache
+def upsert_sql(table: Table) -> str:
+    """INSERT that overwrites rows that are there."""
+    keys = ", ".join(f'"{column.name}"' for column in table.primary_key)
+    changes = ", ".join(f'"{c.name}" = excluded."{c.name}"' for c in table.columns if not c.primary_key)
+    return insert_sql(table).replace("DO NOTHING", f"({keys}) DO UPDATE SET {changes}")
+
+
+def _is_nothing(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, Collection) and not isinstance(value, (str, bytes)) and not value for value in values)
+
+
+def _for_sqlite(sql: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
+    return sql.replace("??", "(SELECT value FROM json_each(?))"), [
+        json.dumps(list(value)) if isinstance(value, (set, frozenset, list, dict)) else value for value in values
+    ]
+
+
+def _for_postgres(sql: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
+    return sql.replace("IN ??", "= ANY(%s)").replace("?", "%s"), [
+        list(value) if isinstance(value, (set, frozenset, list, dict)) else value for value in values
+    ]
+
+
+def _binary_type(column: Any) -> str:
+    if isinstance(column.type, Date):
+        return "date"
+    if isinstance(column.type, LargeBinary):
+        return "bytea"
+    return "int8" if column.type.python_type is int else "text"
+
+
+def _with_dates(row: Row, dates: list[int]) -> Row:
+    values = list(row)
+    for n in dates:
+        values[n] = date.fromisoformat(values[n])
+    return tuple(values)
