@@ -95,22 +95,18 @@ class Batch:
     responses: dict[str, tuple[Response, bytes]] = field(default_factory=dict)
     votes: dict[tuple[str, str], Vote] = field(default_factory=dict)
     dead_letters: list[DeadLetter] = field(default_factory=list)
-    copies: dict[str, int] = field(default_factory=dict)
-    """Events by topic that were there twice within the batch."""
 
-    def add_response(self, response: Response, event: bytes) -> bool:
-        """Keep the earliest of its response_id; returns whether there was one already."""
+    def add_response(self, response: Response, event: bytes) -> None:
+        """Keep the earliest of its response_id."""
         other = self.responses.get(response.response_id)
         if other is None or is_earlier_response(response, other[0]):
             self.responses[response.response_id] = response, event
-        return other is not None
 
-    def add_vote(self, vote: Vote) -> bool:
-        """Keep the earliest copy of its feedback_id; returns whether there was one already."""
+    def add_vote(self, vote: Vote) -> None:
+        """Keep the earliest copy of its feedback_id."""
         other = self.votes.get((vote.key, vote.feedback_id))
         if other is None or is_earlier_copy(vote, other):
             self.votes[vote.key, vote.feedback_id] = vote
-        return other is not None
 
 
 def read_batch(records: Iterable[Record], responses_topic: str) -> Batch:
@@ -119,15 +115,12 @@ def read_batch(records: Iterable[Record], responses_topic: str) -> Batch:
     for record in records:
         try:
             if record.topic == responses_topic:
-                is_copy = batch.add_response(read_response(decode_response(record.value)), record.value)
+                batch.add_response(read_response(decode_response(record.value)), record.value)
             else:
-                is_copy = batch.add_vote(read_vote(decode_feedback(record.value)))
+                batch.add_vote(read_vote(decode_feedback(record.value)))
         except EventError as exc:
             letter = DeadLetter(record.topic, record.partition, record.offset, str(exc), record.key, record.value)
             batch.dead_letters.append(letter)
-            continue
-        if is_copy:
-            batch.copies[record.topic] = batch.copies.get(record.topic, 0) + 1
     return batch
 
 

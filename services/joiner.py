@@ -1,0 +1,207 @@
+"""The consumer loop that joins responses with feedback. It wires log, join rule and store together and decides nothing.
+
+One round, and why in this order:
+
+1. Poll. The log only proposes: where to read on is what the store says, so a newly assigned partition is first sought
+   to the store's position, and what was polled from it before that is thrown away.
+2. Decode, pure. What breaks the contract becomes a dead letter and the rest goes on.
+3. Apply in one transaction of the store, positions included, by compare and set. After this, and only after this, the
+   events are joined; a crash before it leaves nothing, a crash after it is not repeated, and a zombie's is refused.
+4. Send dead letters from the store's outbox to `<topic>.dlt`, then mark them: sent twice at worst, lost never.
+5. Commit the offsets to the log last: only lag tools read them, so they must never run ahead of the store.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+from prometheus_client import start_http_server
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
+
+from loop import metrics
+from loop.join import Batch, read_batch
+from loop.log import Consumer, EventLog, LogUnavailableError, Record
+from loop.log.open import open_log
+from loop.settings import Settings
+from loop.store import open_store
+from loop.store.dead_letters import send_dead_letters
+from loop.store.joining import (
+    Applied,
+    PositionMovedError,
+    Span,
+    StoreUnavailableError,
+    apply,
+    count_pending,
+    reaching,
+    start_positions,
+)
+
+RETRY_S = 1.0
+COMMIT_EVERY_S = 1.0
+GAUGES_EVERY_S = 5.0
+SQLITE_TRANSACTION_S = 0.05  # other writers of the file wait for ours
+MIN_BATCH_EVENTS = 100
+Place = tuple[str, int]
+T = TypeVar("T")
+
+log = logging.getLogger("thumbwheel.joiner")
+
+
+def run_joiner(settings: Settings, stop: threading.Event) -> None:
+    """Join until `stop` is set, then finish the batch in hand and leave the group. What is away is waited for."""
+    server, thread = start_http_server(settings.joiner.metrics_port, addr=settings.gateway.host)
+    try:
+        store = _when_there(lambda: open_store(settings.store), stop)
+        events = _when_there(lambda: open_log(settings.log), stop)
+        if store is not None and events is not None:
+            Joiner(settings, store, events).run(stop)
+            events.close()
+            store.dispose()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    log.info("stopped", extra={"action": "joiner_stopped"})
+
+
+def _when_there(make: Callable[[], T], stop: threading.Event) -> T | None:
+    """What `make` gives once it can be reached; None where we are to stop before."""
+    while not stop.is_set():
+        try:
+            return make()
+        except (LogUnavailableError, OperationalError) as exc:
+            log.warning("waiting: %s", exc, extra={"action": "joiner_waits"})
+            stop.wait(RETRY_S)
+    return None
+
+
+class Joiner:
+    """One member of the consumer group, and how far it has read each partition that it owns."""
+
+    def __init__(self, settings: Settings, store: Engine, events: EventLog) -> None:
+        self._group = settings.joiner.group
+        self._topics = (settings.log.responses_topic, settings.log.feedback_topic)
+        self._settings = settings.joiner
+        self._store = store
+        self._events = events
+        self._next: dict[Place, int] = {}
+        self._max_events = settings.joiner.batch_events
+        self._has_letters = True  # an earlier process may have left some
+        self._commit_at = self._gauges_at = 0.0
+
+    def run(self, stop: threading.Event) -> None:
+        """Rounds until `stop` is set."""
+        consumer = self._events.consumer(self._group, self._topics)
+        log.info("joining %s", ", ".join(self._topics), extra={"action": "joiner_started"})
+        try:
+            while not stop.is_set():
+                try:
+                    self._round(consumer)
+                    continue
+                except PositionMovedError as exc:
+                    result = "moved"
+                    log.warning("%s: reading on where the store is", exc, extra={"action": "joiner_moved"})
+                except (StoreUnavailableError, LogUnavailableError) as exc:
+                    result = "unavailable"
+                    log.warning("waiting: %s", exc, extra={"action": "joiner_waits"})
+                    stop.wait(RETRY_S)
+                metrics.joiner_batches.labels(result).inc()
+                self._next.clear()  # what was polled is not joined: every partition is sought anew
+        finally:
+            try:
+                self._commit(consumer)
+                consumer.close()
+            except LogUnavailableError as exc:
+                log.warning("left without a word: %s", exc, extra={"action": "joiner_leave_failed"})
+
+    def _round(self, consumer: Consumer) -> None:
+        owned = consumer.assigned()
+        self._seek(consumer, owned)
+        records, spans = self._place(consumer.poll(self._max_events, self._settings.poll_timeout_s))
+        if records:
+            batch = read_batch(records, self._topics[0])
+            began = time.monotonic()
+            applied = apply(self._store, self._group, batch, spans)
+            self._next |= {place: end for place, (_, end) in spans.items()}
+            self._resize(len(records), time.monotonic() - began)
+            self._has_letters |= bool(batch.dead_letters)
+            self._count(records, batch, applied, time.monotonic() - began)
+        if self._has_letters:
+            with reaching(self._store):
+                send_dead_letters(self._store, self._events, owned)
+            self._has_letters = False
+        if time.monotonic() > self._commit_at:
+            self._commit_at = time.monotonic() + COMMIT_EVERY_S
+            self._commit(consumer)
+        if time.monotonic() > self._gauges_at:
+            self._gauges_at = time.monotonic() + GAUGES_EVERY_S
+            self._show_gauges()
+
+    def _seek(self, consumer: Consumer, owned: set[int]) -> None:
+        """Forget partitions that went to somebody else; start new ones where the store is."""
+        self._next = {place: offset for place, offset in self._next.items() if place[1] in owned}
+        new = [(topic, n) for topic in self._topics for n in owned if (topic, n) not in self._next]
+        if not new:
+            return
+        for (topic, partition), offset in start_positions(self._store, self._group, new).items():
+            consumer.seek(topic, partition, offset)
+            self._next[topic, partition] = offset
+        self._has_letters = True
+        numbers = sorted({partition for _, partition in new})
+        log.info("partitions %s are ours", numbers, extra={"action": "joiner_assigned", "partitions": numbers})
+
+    def _place(self, polled: list[Record]) -> tuple[list[Record], dict[Place, Span]]:
+        """The records that are behind our positions, and the span of offsets that they move each partition over.
+
+        Offsets may have gaps (retention, a broker's own records), so the span begins at our position, not at the first
+        record. Records of a partition that came to us within the poll are left for after the seek.
+        """
+        records: list[Record] = []
+        spans: dict[Place, Span] = {}
+        for record in polled:
+            place = (record.topic, record.partition)
+            start = self._next.get(place)
+            if start is not None and record.offset >= start:
+                records.append(record)
+                spans[place] = (start, record.offset + 1)
+        return records, spans
+
+    def _resize(self, events: int, seconds: float) -> None:
+        """On SQLite, where writers take turns, find the batch that is joined in SQLITE_TRANSACTION_S."""
+        if self._store.dialect.name == "sqlite" and events >= self._max_events // 2:
+            fitting = int(events * min(2.0, max(0.5, SQLITE_TRANSACTION_S / seconds)))
+            self._max_events = max(MIN_BATCH_EVENTS, min(self._settings.batch_events, fitting))
+
+    def _commit(self, consumer: Consumer) -> None:
+        if self._next:
+            consumer.commit(self._next)
+
+    def _show_gauges(self) -> None:
+        metrics.joiner_pending_votes.set(count_pending(self._store))
+        for topic in self._topics:
+            for partition, end in self._events.end_offsets(topic).items():
+                if (topic, partition) in self._next:
+                    lag = end - self._next[topic, partition]
+                    metrics.joiner_lag_records.labels(topic, str(partition)).set(lag)
+
+    def _count(self, records: list[Record], batch: Batch, applied: Applied, seconds: float) -> None:
+        metrics.joiner_batches.labels("committed").inc()
+        metrics.joiner_batch_seconds.observe(seconds)
+        counts = Counter(record.topic for record in records)
+        dead = Counter(letter.topic for letter in batch.dead_letters)
+        new = dict(zip(self._topics, (applied.responses, len(applied.votes)), strict=True))
+        for topic, number in counts.items():
+            metrics.joiner_events.labels(topic).inc(number)
+            metrics.joiner_duplicates.labels(topic).inc(number - dead[topic] - new[topic])
+            metrics.joiner_dead_letters.labels(topic).inc(dead[topic])
+        for vote in applied.votes:
+            metrics.joiner_votes.labels(vote.value).inc()
+        for letter in batch.dead_letters:
+            where = {"topic": letter.topic, "partition": letter.partition, "offset": letter.offset}
+            log.warning("dead letter: %s", letter.reason, extra={"action": "joiner_dead_letter", **where})
