@@ -1,10 +1,7 @@
-"""What a training run leaves on disk: checkpoints, the adapter, its manifest. Each appears by a rename, or not at all."""
+"""What a training run leaves on disk: the adapter in PEFT's layout, and checkpoints to go on from."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +11,8 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from loop.kto.folders import make_empty, publish, write_json
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -54,43 +53,6 @@ def load_checkpoint(model: PeftModel, work: Path) -> dict[str, Any] | None:
     return state
 
 
-def publish(folder: Path, target: Path) -> None:
-    """Rename a finished folder to `target` (absent or empty), all its files on disk first."""
-    for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
-    os.replace(folder, target)
-    _fsync(target.parent)
-
-
-def make_empty(folder: Path) -> Path:
-    """The folder, made, and emptied of what a killed run left in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, default=_plain) + "\n")
-    os.replace(temporary, path)
-
-
-def hash_files(paths: list[Path]) -> str:
-    """SHA-256 over names and contents, in the order of the names."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        with path.open("rb") as file:
-            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def hash_model(model_dir: Path) -> str:
-    """SHA-256 of everything that log-probs depend on: weights, config, tokenizer, template."""
-    kinds = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
-    return hash_files([path for path in model_dir.iterdir() if path.suffix in kinds])
-
-
 def versions() -> dict[str, str]:
     """Of the packages that the numbers depend on."""
     found = {}
@@ -105,15 +67,3 @@ def versions() -> dict[str, str]:
 def _weights(model: PeftModel) -> dict[str, Tensor]:
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -66,10 +66,9 @@ def packed_attention(
     context_keys, context_values = (key, value) if layout.given is None else layout.given[layer]
     # One split and one concatenation: slices would each pad their gradient to the whole pack.
     lengths = [segment.stop - segment.start for segment in layout.segments]
+    by_segment = zip(layout.segments, *(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True)
     outputs = []
-    for segment, q, k, v in zip(
-        layout.segments, query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
-    ):
+    for segment, q, k, v in by_segment:
         if segment.context:
             k = torch.cat([*(context_keys[:, :, a:b] for a, b in segment.context), k], 2)
             v = torch.cat([*(context_values[:, :, a:b] for a, b in segment.context), v], 2)

@@ -6,6 +6,7 @@ reference log-probs, stay the same; only the order of the groups changes. Pure.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import defaultdict
@@ -31,7 +32,7 @@ def make_groups(conversations: Sequence[Hashable], size: int, seed: int) -> list
     count = math.ceil(len(order) / size)
     bounds = [len(order) * index // count for index in range(count + 1)] if count else [0]
     groups = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         rows = order[start:stop]
         partners = mismatch([conversations[row] for row in rows])
         groups.append(Group(tuple(rows), tuple(None if p is None else rows[p] for p in partners)))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -33,7 +34,7 @@ class Prefixes:
 
 def causal_model(model: nn.Module) -> Any:
     """The Transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def token_logps(model: nn.Module, batch: Pack, prefixes: Prefixes | None = None) -> Tensor:
@@ -68,7 +69,7 @@ def score_all(
     results: list[tuple[Tensor, ...]] = []
     for run in packs_of(prompted, SCORED_TOKENS_AT_A_TIME):
         batch = pack([prompted[index] for index in run])
-        sequences = iter(token_logps(model, batch).cpu().split(batch.lengths.tolist()))
+        sequences = iter(torch.split(token_logps(model, batch).cpu(), batch.lengths.tolist()))
         results += [tuple(next(sequences) for _ in prompted[index].completions) for index in run]
         if on_progress is not None:
             on_progress(len(results))
@@ -103,7 +104,7 @@ class _GivenHidden(nn.Module):
     """Stands where the backbone was, and returns the hidden states that it is handed."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 def output_head(causal: Any) -> Head:
@@ -146,5 +147,5 @@ class _TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.slopes * grad[:, None].to(ctx.slopes.dtype), None, None, None

@@ -72,7 +72,7 @@ def attach_lora(base: Any, settings: TrainSettings) -> PeftModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_target_modules,
     )

@@ -30,7 +30,7 @@ class Watch:
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(work / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._tensorboard = SummaryWriter(str(work / "tensorboard"))
 
     def __enter__(self) -> Watch:
         self._bar.start()

@@ -42,18 +42,18 @@ def train(
     """
     import torch
 
-    from loop.kto import artifacts, batch, groups, loss, model, progress, rows
+    from loop.kto import artifacts, batch, folders, groups, loss, model, progress, rows
 
     # --- the run: what it is made of, and whether it is an old one
     started = time.monotonic()
     inputs = {
-        "data_sha256": artifacts.hash_files([rows.data_file(data)]),
-        "base_sha256": artifacts.hash_model(model_dir),
+        "data_sha256": folders.hash_files([rows.data_file(data)]),
+        "base_sha256": folders.hash_model(model_dir),
         "settings": settings.model_dump(mode="json", exclude=INDIFFERENT),
     }
-    if finished := _finished(out, inputs):
+    if finished := folders.finished(out, inputs):
         return finished
-    work = _open_work(out, inputs)
+    work = folders.open_work(out, inputs)
 
     # --- data: rows, and the groups that make one step each
     train_rows, counts = _load_rows(settings, data, model_dir)
@@ -172,20 +172,15 @@ def train(
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
     }
-    fresh = artifacts.make_empty(work / "adapter")
+    fresh = folders.make_empty(work / "adapter")
     artifacts.write_adapter(policy, fresh, model_dir.name)
     shutil.copy(work / progress.METRICS_LOG, fresh)
-    artifacts.write_json(fresh / "metrics.json", result)
+    folders.write_json(fresh / "metrics.json", result)
     manifest = inputs | {"data": data.name, "base": model_dir.name, "metrics": result}
-    artifacts.write_json(fresh / "manifest.json", manifest | {"versions": artifacts.versions()})
-    artifacts.publish(fresh, out)
+    folders.write_json(fresh / "manifest.json", manifest | {"versions": artifacts.versions()})
+    folders.publish(fresh, out)
     shutil.rmtree(work)
     return result
-
-
-def partial_dir(out: Path) -> Path:
-    """Where a run that is to become `out` keeps its files: `metrics.jsonl`, checkpoints, reference log-probs."""
-    return out.with_name(out.name + ".partial")
 
 
 def _load_rows(settings: TrainSettings, data: Path, model_dir: Path) -> tuple[list[Row], dict[str, int]]:
@@ -201,44 +196,6 @@ def _load_rows(settings: TrainSettings, data: Path, model_dir: Path) -> tuple[li
     if not fitting:
         raise ValueError(f"{data}: none of {len(every_row)} rows is within max_length = {settings.max_length} tokens")
     return fitting, counts
-
-
-def _finished(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The figures of the run that made `out`, if these were its inputs; None where `out` is still to be made."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    manifest = out / "manifest.json"
-    if not manifest.is_file():
-        raise ValueError(f"{out} exists and is not an adapter of this command: choose another folder")
-    _check_same(out, json.loads(manifest.read_text()), inputs)
-    shutil.rmtree(partial_dir(out), ignore_errors=True)
-    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
-    return found
-
-
-def _open_work(out: Path, inputs: dict[str, Any]) -> Path:
-    """The run's work folder, new or as a killed run with the same inputs left it."""
-    from loop.kto import artifacts
-
-    work = partial_dir(out)
-    work.mkdir(parents=True, exist_ok=True)
-    if (work / "run.json").exists():
-        _check_same(work, json.loads((work / "run.json").read_text()), inputs)
-    else:
-        artifacts.write_json(work / "run.json", inputs)
-    return work
-
-
-def _check_same(folder: Path, found: dict[str, Any], inputs: dict[str, Any]) -> None:
-    differ = [key for key in ("data_sha256", "base_sha256") if found.get(key) != inputs[key]]
-    before = found.get("settings", {})
-    differ += [
-        f"{key} ({before.get(key)!r} → {value!r})"
-        for key, value in inputs["settings"].items()
-        if before.get(key) != value
-    ]
-    if differ:
-        raise ValueError(f"{folder} is another run: {', '.join(differ)}; choose another folder, or delete this one")
 
 
 def _schedule(settings: TrainSettings, step: int, steps: int) -> float:
@@ -282,7 +239,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The subprocess of the nightly run; settings are read before torch is loaded, so that a mistake in them is quick."""
+    """The nightly run's subprocess. Settings are read before torch is loaded, so that a mistake in them is quick."""
     parser = argparse.ArgumentParser(prog="python -m loop.kto.train")
     for name in ("--settings-json", "--data", "--model", "--out"):
         parser.add_argument(name, type=Path, required=True)
