@@ -1,0 +1,124 @@
+"""The operator pages' process: one route table, the store and the gateway's client opened and closed around it.
+
+The pages ask for no password, so they bind to loopback unless a setting says otherwise, and other sites' scripts are
+kept from posting through an operator's browser. Knows the store and the gateway; never the engine, never torch.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+from sqlalchemy.exc import SQLAlchemyError
+
+from loop.settings import Settings
+from loop.store import open_store
+from services.console import pages, playground
+from services.console.parts import GATEWAY, SETTINGS, STORE, open_templates, render
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+
+
+def create_app(settings: Settings) -> web.Application:
+    """The pages, over the settings' store and gateway."""
+    app = web.Application(middlewares=[guard, explain_errors])
+    app[SETTINGS] = settings
+    open_templates(app)
+    app.cleanup_ctx.append(_open_parts)
+    app.on_response_prepare.append(_add_headers)
+    app.add_routes(
+        [
+            web.get("/", pages.overview),
+            web.get("/runs", pages.runs),
+            web.get("/runs/{run_id}", pages.run),
+            web.get("/runs/{run_id}/report.html", pages.report),
+            web.get("/adapters", pages.adapters),
+            web.get("/adapters/{version}", pages.adapter),
+            web.get("/playground", playground.page),
+            web.post("/playground/chat", playground.chat),
+            web.post("/playground/feedback", playground.feedback),
+            web.get("/healthz", healthz),
+            web.static("/static", Path(__file__).parent / "static"),
+        ]
+    )
+    return app
+
+
+def main(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    console = settings.console
+    web.run_app(create_app(settings), host=console.host, port=console.port, access_log=None, handler_cancellation=True)
+
+
+async def healthz(_: web.Request) -> web.Response:
+    """GET /healthz: the process is there."""
+    return web.json_response({"status": "ok"})
+
+
+async def _open_parts(app: web.Application) -> AsyncIterator[None]:
+    settings = app[SETTINGS]
+    app[STORE] = open_store(settings.store)
+    keys = settings.gateway.api_keys
+    gateway = settings.gateway
+    host = (
+        "127.0.0.1"
+        if gateway.host in {"0.0.0.0", "::"}
+        else f"[{gateway.host}]"
+        if ":" in gateway.host
+        else gateway.host
+    )
+    app[GATEWAY] = aiohttp.ClientSession(
+        base_url=(settings.console.gateway_url or f"http://{host}:{gateway.port}").rstrip("/") + "/",
+        headers={"Authorization": f"Bearer {keys[0].get_secret_value()}"} if keys else {},
+        timeout=aiohttp.ClientTimeout(total=settings.engine.request_timeout_s, sock_connect=5),
+    )
+    yield
+    await app[GATEWAY].close()
+    app[STORE].dispose()
+
+
+async def _add_headers(_: web.Request, response: web.StreamResponse) -> None:
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+
+
+@web.middleware
+async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what another site's page may have sent: a foreign Host on loopback (DNS rebinding), a cross-site POST."""
+    if _is_loopback(request.app[SETTINGS].console.host) and not _is_loopback(request.url.host or ""):
+        raise web.HTTPForbidden(text=f"host {request.host[:120]!r} is not this machine; open the pages by localhost")
+    if request.method == "POST":
+        site = request.headers.get("Sec-Fetch-Site", "same-origin")
+        if site != "same-origin" or request.content_type != "application/json":
+            raise web.HTTPForbidden(text="only these pages may post here, as application/json")
+    return await handler(request)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@web.middleware
+async def explain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A page instead of a traceback where the store cannot be read or something is not there."""
+    try:
+        return await handler(request)
+    except web.HTTPNotFound as exc:
+        return render(request, "error.html", status=404, title="Not found", text=exc.text or "")
+    except SQLAlchemyError as exc:
+        return render(
+            request, "error.html", status=503, title="The store does not answer", text=str(exc).split("\n")[0]
+        )
