@@ -26,6 +26,8 @@ def strip(check: Check) -> Markup:
     accepted = _accepted(check)
     points = [check.value, check.low, check.high, *(a for a in accepted if a is not None)]
     known = [point for point in points if point is not None]
+    if check.threshold is None and 0 <= min(known) and max(known) <= 1:
+        known = [0.0, 1.0]  # shares are on one axis, to be compared by eye
     low, high = min(known), max(known)
     pad = (high - low) * 0.18 or max(abs(high), 1.0) * 0.1
     low, high = low - pad, high + pad
@@ -64,7 +66,8 @@ def number(value: float | None) -> str:
     """A figure as people read it: three significant digits, whole numbers as they are."""
     if value is None:
         return "–"
-    return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.3g}"
+    text = f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.3g}"
+    return text.replace("-", "−")
 
 
 def rewards(arrays: dict[str, F64], which: str) -> Markup:
