@@ -40,10 +40,10 @@ def create_app(settings: Settings) -> web.Application:
         [
             web.get("/", pages.overview),
             web.get("/runs", pages.runs),
-            web.get("/runs/{run_id}", pages.run),
-            web.get("/runs/{run_id}/report.html", pages.report),
+            web.get("/runs/{run_id:[\\w.-]+}", pages.run),
+            web.get("/runs/{run_id:[\\w.-]+}/report.html", pages.report),
             web.get("/adapters", pages.adapters),
-            web.get("/adapters/{version}", pages.adapter),
+            web.get("/adapters/{version:\\w+}", pages.adapter),
             web.get("/playground", playground.page),
             web.post("/playground/chat", playground.chat),
             web.post("/playground/feedback", playground.feedback),

@@ -52,8 +52,8 @@ async def report(request: web.Request) -> web.StreamResponse:
     """GET /runs/{run_id}/report.html: the gate's report of a run that the store knows."""
     run_id = request.match_info["run_id"]
     found = await asyncio.to_thread(get_run, request.app[STORE], run_id)
-    path = report_path(request.app[SETTINGS].scheduler.runs_dir, run_id)
-    if found is None or path is None:
+    path = report_path(request.app[SETTINGS].scheduler.runs_dir, run_id) if found else None
+    if path is None:
         raise web.HTTPNotFound(text=f"run {run_id[:80]!r} has no report")
     return web.FileResponse(path, headers={"Content-Security-Policy": REPORT_POLICY})
 
