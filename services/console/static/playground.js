@@ -87,6 +87,7 @@ async function ask(text) {
     addThumbs(turn, answer.headers.get("X-Thumbwheel-Feedback-Token"), `${model} · ${seconds} s`);
   } catch (error) {
     messages.pop(); // the question was not answered: it is not part of the conversation
+    if (!body.textContent) body.remove();
     turn.append(make("p", "error", error.name === "AbortError" ? "stopped" : error.message));
   } finally {
     turn.classList.remove("waiting");
@@ -99,7 +100,8 @@ function addThumbs(turn, token, note) {
   if (token) {
     let given = null;
     const buttons = ["up", "down"].map((value) => {
-      const button = make("button", "thumb", value === "up" ? "👍" : "👎");
+      const button = make("button", "thumb " + value);
+      button.append(Object.assign(new Image(16, 16), { src: "/static/thumb.svg", alt: "thumb " + value }));
       button.type = "button";
       button.title = "thumb " + value;
       button.onclick = async () => {
