@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ HEALTH_TIMEOUT_S = 2.0
 RETRY_AFTER_S = 1
 # Uvicorn closes idle connections after 5 s: one that we might find closed is better not used any more.
 IDLE_CONNECTION_S = 4.0
+_LARGE_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -96,9 +98,11 @@ class Engines:
         for _ in range(max(2, len(self.replicas))):
             replica = min(self.replicas, key=lambda r: (r in tried, not r.is_up, r.open_requests))
             replica.open_requests += 1
+            # aiohttp sends large bytes at one go and warns of it; a file of them goes in pieces.
+            data = body if body is None or len(body) < _LARGE_BYTES else io.BytesIO(body)
             try:
                 return replica, await self._session.request(
-                    method, URL(replica.url + path, encoded=True), data=body, headers={**self._headers, **headers}
+                    method, URL(replica.url + path, encoded=True), data=data, headers={**self._headers, **headers}
                 )
             except aiohttp.ClientConnectionError as exc:  # before the first byte, connecting too slowly included
                 replica.open_requests -= 1

@@ -21,7 +21,7 @@ from loop.events import FeedbackGiven, FeedbackValue, encode, key_of_message_id,
 from loop.log import NewRecord
 from services.gateway.asks import MAX_ID_CHARS
 from services.gateway.errors import Refusal, read_body
-from services.gateway.identity import hash_rater, verify_token
+from services.gateway.identity import hash_rater
 from services.gateway.parts import PARTS, Parts
 from services.gateway.relay import FEEDBACK_TOKEN
 
@@ -102,7 +102,7 @@ def authorize(vote: Vote, header_token: str | None, has_key: bool, parts: Parts)
             raise Refusal(401, f"no API key and no feedback token; send one of them ({FEEDBACK_TOKEN})")
         return _given(vote, vote.response_id, hash_rater(parts.rater_salt, vote.rater or ""), parts)
     try:
-        claim = verify_token(parts.token_secret, token, time.time())
+        claim = parts.signer.verify(token, time.time())
     except ValueError as exc:
         raise Refusal(401, str(exc), param="token", code="invalid_token") from exc
     _check_bound(vote, claim.response_id)

@@ -12,7 +12,7 @@ from loop.events import HybridClock
 from loop.settings import GatewaySettings, Settings
 from services.gateway.engines import Engines
 from services.gateway.errors import Refusal
-from services.gateway.identity import is_key_known
+from services.gateway.identity import TokenSigner, is_key_known
 from services.gateway.routes import RouteWatch
 from services.gateway.spool import Spool
 
@@ -40,7 +40,7 @@ class Parts:
         self.api_keys = [key.get_secret_value().encode() for key in settings.gateway.api_keys]
         secret = settings.gateway.token_secret
         # Without a secret, tokens hold until the next start.
-        self.token_secret = os.urandom(32) if secret is None else secret.get_secret_value().encode()
+        self.signer = TokenSigner(os.urandom(32) if secret is None else secret.get_secret_value().encode())
 
     def has_key(self, request: web.Request) -> bool:
         """Whether the caller may do everything: it has a key, or there is none to have."""

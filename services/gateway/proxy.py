@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -19,6 +20,8 @@ from services.gateway.parts import PARTS, Parts
 from services.gateway.relay import read_answer, relay, relayed_headers
 
 _ID_PREFIX: dict[Endpoint, str] = {"chat": "chatcmpl", "completions": "cmpl"}
+_requests = functools.cache(metrics.gateway_requests.labels)
+_request_seconds = functools.cache(metrics.gateway_request_seconds.labels)
 _PATH: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
@@ -103,8 +106,8 @@ async def _generate(request: web.Request, endpoint: Endpoint) -> web.StreamRespo
         status = exc.status
         raise
     finally:
-        metrics.gateway_requests.labels(endpoint, exchange.arm, str(status)).inc()
-        metrics.gateway_request_seconds.labels(endpoint, exchange.arm).observe(time.monotonic() - started_s)
+        _requests(endpoint, exchange.arm, str(status)).inc()
+        _request_seconds(endpoint, exchange.arm).observe(time.monotonic() - started_s)
 
 
 async def _ask_engine(request: web.Request, exchange: Exchange, parts: Parts) -> web.StreamResponse:

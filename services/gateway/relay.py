@@ -7,6 +7,7 @@ longer than `capture_timeout_s`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +20,7 @@ from loop.log import NewRecord
 from services.gateway.answers import EventStream, Rename, Transcript
 from services.gateway.capture import Exchange, build_record
 from services.gateway.errors import Refusal
-from services.gateway.identity import sign_token
+from services.gateway.identity import Claim
 from services.gateway.parts import Parts
 
 RESPONSE_ID = "X-Thumbwheel-Response-Id"
@@ -28,6 +29,9 @@ FEEDBACK_TOKEN = "X-Thumbwheel-Feedback-Token"
 _NOT_PASSED_ON = frozenset(
     {"connection", "content-length", "date", "keep-alive", "server", "te", "trailer", "transfer-encoding", "upgrade"}
 )
+
+_first_byte_seconds = functools.cache(metrics.gateway_first_byte_seconds.labels)
+_responses_logged = functools.cache(metrics.gateway_responses_logged.labels)
 
 
 async def relay(
@@ -40,7 +44,7 @@ async def relay(
     if is_captured:
         expiry_s = exchange.started_at_ms // 1000 + parts.gateway.token_ttl_s
         headers[RESPONSE_ID] = exchange.response_id
-        headers[FEEDBACK_TOKEN] = sign_token(parts.token_secret, exchange.response_id, ask.rater or "", expiry_s)
+        headers[FEEDBACK_TOKEN] = parts.signer.sign(Claim(exchange.response_id, ask.rater or ""), expiry_s)
     # What the app did not ask for was asked for by us, in `Ask.upstream_body`.
     rename = Rename(exchange.adapter, exchange.shown_model, strip_token_ids=is_captured and not ask.wants_token_ids)
     # The engine's own word on whether it streams: it is more lenient than we in what it takes for `true`.
@@ -127,7 +131,7 @@ async def _copy(
 def _see_first_byte(exchange: Exchange) -> None:
     exchange.first_byte_s = time.monotonic()
     waited_s = exchange.first_byte_s - exchange.started_s
-    metrics.gateway_first_byte_seconds.labels(exchange.ask.endpoint, exchange.arm).observe(waited_s)
+    _first_byte_seconds(exchange.ask.endpoint, exchange.arm).observe(waited_s)
 
 
 def _read_body(body: bytes) -> Transcript:
@@ -165,7 +169,7 @@ async def _wait(written: asyncio.Future[bool], exchange: Exchange, parts: Parts)
     """Until the response is in the spool or its time is over: then it counts as lost, though it may still get there."""
     timer = asyncio.get_running_loop().call_later(parts.gateway.capture_timeout_s, _expire, written)
     if await written:
-        metrics.gateway_responses_logged.labels(exchange.arm).inc()
+        _responses_logged(exchange.arm).inc()
     timer.cancel()
 
 

@@ -1,0 +1,98 @@
+"""The gateway bench's load generator: keep-alive connections that ask again as soon as they are answered.
+
+Raw sockets under asyncio with as little of its own as can be, so that what is measured is what stands in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from urllib.parse import urlsplit
+
+import uvloop
+
+
+def request_bytes(kind: str, chunks: int, model: str) -> bytes:
+    """One request, the same for all."""
+    body = {
+        "model": model,
+        "messages": [
+            {"role": "system", "content": "You are a support assistant. Be exact and brief."},
+            {"role": "user", "content": "My order 1234 has not arrived. Where is it, and when will it come?"},
+        ],
+        "temperature": 0.7,
+        "max_tokens": 64,
+        "stub": {"chunks": chunks},
+    }
+    if kind == "stream":
+        body["stream"] = True
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+class Client(asyncio.Protocol):
+    """One connection; an answer ends with its Content-Length or with the last chunk."""
+
+    def __init__(self, request: bytes, until: float) -> None:
+        self.request = request
+        self.until = until
+        self.latencies_ms: list[float] = []
+        self.done = asyncio.get_running_loop().create_future()
+        self.buffer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]
+        self.send()
+
+    def send(self) -> None:
+        self.buffer = b""
+        self.end = -1
+        self.started = time.perf_counter()
+        self.transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        if self.end < 0:
+            split = self.buffer.find(b"\r\n\r\n")
+            if split < 0:
+                return
+            head = self.buffer[:split].lower()
+            assert head.startswith(b"http/1.1 200"), self.buffer[:500]
+            at = head.find(b"content-length:")
+            self.end = 0 if at < 0 else split + 4 + int(head[at + 15 :].split(b"\r\n", 1)[0])
+        if len(self.buffer) >= self.end if self.end else self.buffer.endswith(b"0\r\n\r\n"):
+            now = time.perf_counter()
+            self.latencies_ms.append((now - self.started) * 1000)
+            if now < self.until:
+                self.send()
+            else:
+                self.transport.close()
+                self.done.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_exception(exc or ConnectionError("closed in mid-answer"))
+
+
+async def main(url: str, kind: str, clients: int, seconds: float, chunks: int) -> None:
+    parts = urlsplit(url)
+    started = time.perf_counter()
+    loop = asyncio.get_running_loop()
+    # The stub's base model has the same name for everybody: the gateway takes it as a name of its own.
+    request = request_bytes(kind, chunks, "base")
+    made = [
+        (await loop.create_connection(lambda: Client(request, started + seconds), parts.hostname, parts.port))[1]
+        for _ in range(clients)
+    ]
+    await asyncio.gather(*(client.done for client in made))
+    latencies = [value for client in made for value in client.latencies_ms]
+    print(json.dumps({"latencies_ms": latencies, "seconds": time.perf_counter() - started}))
+
+
+if __name__ == "__main__":
+    _, url_, kind_, clients_, seconds_, chunks_ = sys.argv
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main(url_, kind_, int(clients_), float(seconds_), int(chunks_)))

@@ -1,0 +1,124 @@
+"""A gateway in front of the stub engine, both on the test's own loop."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from pydantic import SecretStr
+
+from loop.events import FeedbackGiven, ResponseLogged, decode_feedback, decode_response
+from loop.log.embedded import EmbeddedLog
+from loop.settings import EngineSettings, GatewaySettings, LogSettings, Settings, StoreSettings
+from services.gateway.app import create_app, create_metrics_app
+from services.gateway.parts import PARTS, Parts
+from tests.stub_engine import StubEngine, create_stub
+
+HELLO: dict[str, Any] = {"model": "assistant", "messages": [{"role": "user", "content": "hello"}]}
+
+
+async def serve(app: web.Application) -> tuple[web.AppRunner, str]:
+    """The application on a free port of this loop, with the arguments that the real process uses."""
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.5)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+
+def read_spool(path: Path) -> tuple[list[ResponseLogged], list[FeedbackGiven]]:
+    """Everything in the spool, in the order of the partitions."""
+    log = EmbeddedLog(path)
+    topics = LogSettings().responses_topic, LogSettings().feedback_topic
+    responses, feedback = (
+        [record.value for partition in range(log.partitions) for record in log.read(topic, partition, 0, 100_000)]
+        for topic in topics
+    )
+    log.close()
+    return [decode_response(value).data for value in responses], [decode_feedback(value).data for value in feedback]
+
+
+@dataclass
+class Gateway:
+    """A running gateway and what it has written."""
+
+    url: str
+    parts: Parts
+    app: web.Application
+    spool_path: Path
+    http: aiohttp.ClientSession
+
+    def responses(self) -> list[ResponseLogged]:
+        return read_spool(self.spool_path)[0]
+
+    def feedback(self) -> list[FeedbackGiven]:
+        return read_spool(self.spool_path)[1]
+
+    async def post(
+        self, path: str, body: Any, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any, aiohttp.ClientResponse]:
+        """Status, JSON (or text) and the response."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        options: dict[str, Any] = {"data": io.BytesIO(data)}  # aiohttp warns of large bytes
+        async with self.http.post(self.url + path, headers=headers, **options) as response:
+            is_json = response.content_type == "application/json"
+            return response.status, await (response.json() if is_json else response.text()), response
+
+    async def chat(self, **fields: Any) -> tuple[int, Any, aiohttp.ClientResponse]:
+        return await self.post("/v1/chat/completions", HELLO | fields)
+
+
+StartGateway = Callable[..., Awaitable[Gateway]]
+
+
+@pytest.fixture
+async def stub() -> AsyncIterator[tuple[StubEngine, str]]:
+    engine = StubEngine()
+    runner, url = await serve(create_stub(engine))
+    yield engine, url
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def start(stub: tuple[StubEngine, str], tmp_path: Path) -> AsyncIterator[StartGateway]:
+    """Starts gateways: `await start(capture_timeout_s=…, engine={…})`; fields are those of GatewaySettings."""
+    runners: list[web.AppRunner] = []
+    sessions: list[aiohttp.ClientSession] = []
+
+    async def start_one(engine: dict[str, Any] | None = None, **gateway: Any) -> Gateway:
+        settings = Settings(
+            engine=EngineSettings(**({"urls": [stub[1]]} | (engine or {}))),
+            gateway=GatewaySettings(**({"route_poll_s": 0.05, "capture_timeout_s": 2.0} | gateway)),
+            log=LogSettings(path=tmp_path / "log.db"),
+            store=StoreSettings(url=SecretStr(f"sqlite:///{tmp_path}/store.db")),
+        )
+        app = create_app(settings)
+        runner, url = await serve(app)
+        runners.append(runner)
+        sessions.append(aiohttp.ClientSession())
+        return Gateway(url, app[PARTS], app, tmp_path / "log.db", sessions[-1])
+
+    yield start_one
+    for session in sessions:
+        await session.close()
+    for runner in runners:
+        await runner.cleanup()
+
+
+@pytest.fixture
+async def gateway(start: StartGateway) -> Gateway:
+    return await start()
+
+
+@pytest.fixture
+async def metrics_url(gateway: Gateway) -> AsyncIterator[str]:
+    runner, url = await serve(create_metrics_app(gateway.app))
+    yield url
+    await runner.cleanup()
