@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import date, timedelta
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from loop.events import (
@@ -34,12 +35,24 @@ class Response(NamedTuple):
     """What the join keeps of a response."""
 
     response_id: str
-    key: str
-    day: str
-    """The UTC day on which it began, YYYY-MM-DD."""
     message_id: str | None
     started_at_ms: int
     event_id: str
+
+    @property
+    def key(self) -> str:
+        """What it is partitioned by."""
+        return self.response_id.split("-", 2)[1]
+
+    @property
+    def day(self) -> str:
+        """The UTC day on which it began, YYYY-MM-DD."""
+        return _day(self.started_at_ms // 86_400_000)
+
+
+@lru_cache(maxsize=64)
+def _day(days_since_1970: int) -> str:
+    return (date(1970, 1, 1) + timedelta(days_since_1970)).isoformat()
 
 
 class Vote(NamedTuple):
@@ -134,8 +147,7 @@ def read_response(event: ResponseEvent) -> Response:
     message_id = data.message_id
     if message_id is not None and key_of_message_id(message_id) != event.partitionkey:
         message_id = None
-    day = datetime.fromtimestamp(data.started_at_ms / 1000, UTC).date().isoformat()
-    return Response(data.response_id, event.partitionkey, day, message_id, data.started_at_ms, event.id)
+    return Response(data.response_id, message_id, data.started_at_ms, event.id)
 
 
 def read_vote(event: FeedbackEvent) -> Vote:

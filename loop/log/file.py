@@ -52,7 +52,7 @@ def connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     # NORMAL: a commit writes the WAL and does not fsync it (`sync` does), and a checkpoint fsyncs in the right order.
     connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute("PRAGMA wal_autocheckpoint = 4000")
+    connection.execute("PRAGMA wal_autocheckpoint = 2000")
     return connection
 
 
@@ -92,6 +92,7 @@ def open_file(path: Path) -> sqlite3.Connection:
     while True:
         connection = connect(path)
         try:
+            connection.execute("PRAGMA page_size = 8192")  # of 4 KiB pages, each would hold one record of 2 KiB
             connection.execute("PRAGMA journal_mode = WAL")
             with transaction(connection, path):
                 for statement in filter(str.strip, _SCHEMA.split(";")):

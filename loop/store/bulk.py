@@ -24,8 +24,8 @@ class Bulk(Protocol):
     def stage(self, table: Table, rows: Sequence[Row]) -> None:
         """Bring new rows near, before any lock is taken."""
 
-    def insert_staged(self, table: Table) -> None:
-        """Insert the staged rows whose primary key is not there yet."""
+    def insert_staged(self, table: Table, without: Collection[str] = ()) -> int:
+        """Insert the staged rows whose primary key is not there yet, but for these turned ids; returns how many."""
 
     def upsert(self, table: Table, rows: Sequence[Row]) -> None:
         """Insert rows, or overwrite those of the same primary key."""
@@ -59,8 +59,12 @@ class SqliteBulk:
     def stage(self, table: Table, rows: Sequence[Row]) -> None:
         self._staged[table.name] = rows  # the write lock is held from the beginning on: nothing to win
 
-    def insert_staged(self, table: Table) -> None:
-        self.insert(table, self._staged.pop(table.name))
+    def insert_staged(self, table: Table, without: Collection[str] = ()) -> int:
+        rows = self._staged.pop(table.name)
+        if without:
+            n = table.columns.keys().index("turned_id")
+            rows = [row for row in rows if row[n] not in without]
+        return int(self._cursor.executemany(insert_sql(table), rows).rowcount) if rows else 0
 
     def upsert(self, table: Table, rows: Sequence[Row]) -> None:
         self.execute_many(upsert_sql(table), rows)
@@ -97,8 +101,10 @@ class PostgresBulk:
             for row in rows:
                 copy.write_row(_with_dates(row, dates))
 
-    def insert_staged(self, table: Table) -> None:
-        self._cursor.execute(f"INSERT INTO {table.name} SELECT * FROM staged_{table.name} ON CONFLICT DO NOTHING")
+    def insert_staged(self, table: Table, without: Collection[str] = ()) -> int:
+        if without:
+            self.execute(f"DELETE FROM staged_{table.name} WHERE turned_id IN ??", set(without))
+        return self.execute(f"INSERT INTO {table.name} SELECT * FROM staged_{table.name} ON CONFLICT DO NOTHING")
 
     def upsert(self, table: Table, rows: Sequence[Row]) -> None:
         self.execute_many(upsert_sql(table), rows)

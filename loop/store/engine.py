@@ -74,7 +74,7 @@ def _open_sqlite(url: URL) -> Engine:
     def set_up(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves: the driver would only do it before the first write
         connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
-        connection.execute("PRAGMA wal_autocheckpoint = 8000")
+        connection.execute("PRAGMA wal_autocheckpoint = 2000")
         connection.execute("PRAGMA cache_size = -65536")  # KiB: the joiner's index pages are hit at random
         connection.execute("PRAGMA synchronous = NORMAL")  # positions and what they cover are lost together, or not
         connection.execute("PRAGMA foreign_keys = OFF")
@@ -101,6 +101,8 @@ def _make_sqlite_schema(engine: Engine) -> None:
     # Outside of SQLAlchemy's transaction, in which the journal's mode cannot be changed.
     connection = sqlite3.connect(str(engine.url.database), timeout=BUSY_TIMEOUT_S)
     try:
+        # Of 4 KiB pages, each would hold one body of 2 KiB and be half empty.
+        connection.execute("PRAGMA page_size = 16384")
         connection.execute("PRAGMA journal_mode = WAL")
     finally:
         connection.close()

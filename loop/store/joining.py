@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 
 import msgspec
 from sqlalchemy import Engine, func, select
@@ -30,7 +31,6 @@ from loop.store.engine import write
 from loop.store.partitions import ensure_days
 from loop.store.schema import dead_letters, examples, positions, response_index, responses, votes
 
-_INDEX = "response_id, key, day, message_id, started_at_ms, event_id"
 _VOTE = "key, feedback_id, response_id, message_id, choice_index, rater, value, weight, source, hlc, event_id"
 
 
@@ -64,18 +64,20 @@ def apply(engine: Engine, group: str, batch: Batch, spans: Mapping[tuple[str, in
         with write(engine) as connection:
             bulk = open_bulk(connection)
             # 1. Bulk data comes near before any lock is taken: a process that is stopped here holds up nobody.
-            bulk.stage(responses, [(r.day, r.key, r.response_id, event) for r, event in batch.responses.values()])
-            bulk.stage(response_index, [tuple(response) for response, _ in batch.responses.values()])
+            turned = [(turn(id), *brought) for id, brought in batch.responses.items()]
+            turned.sort(key=itemgetter(0))
+            bulk.stage(responses, [(response.day, id, event) for id, response, event in turned])
+            bulk.stage(response_index, [(id, *response[1:]) for id, response, _ in turned])
             # 2. Whoever moves the positions has these partitions to himself until he commits.
             _advance(bulk, group, spans)
             # 3. Facts before what follows from them.
-            added, replaced = _add_responses(bulk, batch)
+            added, replaced, inserted = _add_responses(bulk, batch)
             changed, displaced = _add_votes(bulk, batch.votes)
             _mark_pending(bulk, added, replaced)
             # 4. What the facts mean, for the responses that something new says something about.
             _rejoin(bulk, batch, added, replaced, [*changed, *displaced])
             bulk.insert(dead_letters, [_dead_row(letter) for letter in batch.dead_letters])
-    return Applied(len(added), changed)
+    return Applied(inserted, changed)
 
 
 @contextmanager
@@ -119,25 +121,24 @@ def _advance(bulk: Bulk, group: str, spans: Mapping[tuple[str, int], Span]) -> N
             raise PositionMovedError(f"{group} is no longer at {topic}[{partition}] offset {start}")
 
 
-def _add_responses(bulk: Bulk, batch: Batch) -> tuple[list[Response], list[Response]]:
-    """Insert the staged responses; returns those that are new or earlier, and what stood under their ids before."""
-    known = _index(bulk, "response_id", batch.responses)
-    added, replaced = [], []
-    for response, _ in batch.responses.values():
-        other = known.get(response.response_id)
-        if other is not None and is_earlier_response(response, other):
-            bulk.execute(
-                "DELETE FROM responses WHERE day = ? AND key = ? AND response_id = ?",
-                *(other.day, other.key, other.response_id),
-            )
-            bulk.execute("DELETE FROM response_index WHERE response_id = ?", other.response_id)
-            replaced.append(other)
-        elif other is not None:
-            continue
-        added.append(response)
-    bulk.insert_staged(responses)
-    bulk.insert_staged(response_index)
-    return added, replaced
+def _add_responses(bulk: Bulk, batch: Batch) -> tuple[list[Response], list[Response], int]:
+    """Insert the staged responses; returns those that count now, what stood under their ids, and how many are new."""
+    added = [response for response, _ in batch.responses.values()]
+    replaced: list[Response] = []
+    later: set[str] = set()
+    inserted = bulk.insert_staged(response_index)
+    if inserted < len(added):  # else all are new, as nearly always: no need to look
+        for other in _known(bulk, batch.responses).values():
+            id, (response, _) = turn(other.response_id), batch.responses[other.response_id]
+            if is_earlier_response(response, other):
+                bulk.execute("DELETE FROM responses WHERE day = ? AND turned_id = ?", other.day, id)
+                bulk.upsert(response_index, [(id, *response[1:])])
+                replaced.append(other)
+            elif other != response:
+                later.add(id)
+        added = [response for response in added if turn(response.response_id) not in later]
+    bulk.insert_staged(responses, without=later)
+    return added, replaced, inserted
 
 
 def _add_votes(bulk: Bulk, arrived: Mapping[tuple[str, str], Vote]) -> tuple[list[Vote], list[Vote]]:
@@ -146,8 +147,8 @@ def _add_votes(bulk: Bulk, arrived: Mapping[tuple[str, str], Vote]) -> tuple[lis
     known = {(vote.key, vote.feedback_id): vote for vote in (Vote(*row) for row in rows)}
     changed = [vote for id, vote in arrived.items() if id not in known or is_earlier_copy(vote, known[id])]
     displaced = [known[id] for id in ((vote.key, vote.feedback_id) for vote in changed) if id in known]
-    seen = _index(bulk, "response_id", {vote.response_id for vote in changed if vote.response_id})
-    under = _index(bulk, "message_id", {vote.message_id for vote in changed if vote.message_id})
+    seen = _known(bulk, {vote.response_id for vote in changed if vote.response_id})
+    under = _under(bulk, {vote.message_id for vote in changed if vote.message_id})
     messages = {response.message_id for response in under.values()}
     bulk.upsert(
         votes,
@@ -166,7 +167,7 @@ def _mark_pending(bulk: Bulk, added: Iterable[Response], replaced: Iterable[Resp
         bulk.execute("UPDATE votes SET pending = false WHERE pending AND response_id IN ??", ids)
     if lost := {response.message_id for response in replaced if response.message_id}:
         bulk.execute("UPDATE votes SET pending = true WHERE message_id IN ??", lost)
-    if messages := {response.message_id for response in _index(bulk, "message_id", lost).values()} | {
+    if messages := {response.message_id for response in _under(bulk, lost).values()} | {
         response.message_id for response in added if response.message_id
     }:
         bulk.execute("UPDATE votes SET pending = false WHERE pending AND message_id IN ??", messages)
@@ -182,12 +183,12 @@ def _rejoin(
     # Most responses have no votes: keep those that have, or had one until a copy of it displaced it.
     rated = {id for (id,) in bulk.select("SELECT DISTINCT response_id FROM votes WHERE response_id IN ??", ids)}
     rated |= {vote.response_id for vote in moved if vote.response_id} | {r.response_id for r in replaced}
-    touched = _index(bulk, "response_id", rated)
+    touched = _known(bulk, rated)
     messages |= {response.message_id for response in touched.values() if response.message_id}
     voted = {id for (id,) in bulk.select("SELECT DISTINCT message_id FROM votes WHERE message_id IN ??", messages)}
     voted |= {vote.message_id for vote in moved if vote.message_id}
     # A new response takes over the votes on its message, so the others under that message are touched too.
-    under = _index(bulk, "message_id", voted)
+    under = _under(bulk, voted)
     touched |= under
     standing = _votes_on(bulk, touched, under.values(), voted)
     events = _events(bulk, batch, [response for id, response in touched.items() if standing[id]])
@@ -226,17 +227,37 @@ def _events(bulk: Bulk, batch: Batch, wanted: Iterable[Response]) -> dict[str, b
         else:
             missing.append(response)
     rows = bulk.select(
-        "SELECT i.response_id, body FROM response_index i JOIN responses r"
-        " ON r.day = i.day AND r.key = i.key AND r.response_id = i.response_id WHERE i.response_id IN ??",
-        {response.response_id for response in missing},
+        "SELECT turned_id, body FROM responses WHERE day IN ?? AND turned_id IN ??",
+        *({response.day for response in missing}, {turn(response.response_id) for response in missing}),
     )
-    return found | {id: bytes(body) for id, body in rows}
+    return found | {turn_back(id): bytes(body) for id, body in rows}
 
 
-def _index(bulk: Bulk, column: str, values: Collection[str | None]) -> dict[str, Response]:
-    rows = bulk.select(f"SELECT {_INDEX} FROM response_index WHERE {column} IN ??", set(values))
-    # Postgres gives the day as a date.
-    return {row[0]: Response(row[0], row[1], str(row[2]), *row[3:]) for row in rows}
+def _known(bulk: Bulk, ids: Iterable[str]) -> dict[str, Response]:
+    """Those of the responses that the store has."""
+    return _indexed(bulk, "turned_id", {turn(id) for id in ids})
+
+
+def _under(bulk: Bulk, message_ids: Collection[str]) -> dict[str, Response]:
+    """All responses under these message ids."""
+    return _indexed(bulk, "message_id", set(message_ids))
+
+
+def _indexed(bulk: Bulk, column: str, values: set[str]) -> dict[str, Response]:
+    query = f"SELECT turned_id, message_id, started_at_ms, event_id FROM response_index WHERE {column} IN ??"
+    found = (Response(turn_back(row[0]), *row[1:]) for row in bulk.select(query, values))
+    return {response.response_id: response for response in found}
+
+
+def turn(response_id: str) -> str:
+    """chatcmpl-<key>-<uuid> as <uuid>-<key>-chatcmpl, the order of the store's indexes."""
+    kind, key, uuid = response_id.split("-", 2)
+    return f"{uuid}-{key}-{kind}"
+
+
+def turn_back(turned_id: str) -> str:
+    """The response_id that was turned; a uuid has 36 characters, a key 16."""
+    return f"{turned_id[54:]}-{turned_id[37:53]}-{turned_id[:36]}"
 
 
 def _detail(vote: Vote) -> str:

@@ -28,24 +28,25 @@ _autoincrement = BigInteger().with_variant(Integer(), "sqlite")
 
 # --- written by the joiner -------------------------------------------------------------------------------------------
 
+# Responses are found by their response_id turned round (`turned_id`): <uuid7>-<key>-<chatcmpl|cmpl>. It begins with the
+# time, so that new rows go to the end of the index; by the id as it is, each would dirty a page of its own.
+
 # Bodies, by the event's day so that retention drops whole days; the event's own bytes, never re-encoded.
 responses = Table(
     "responses",
     metadata,
     Column("day", Date, primary_key=True),
-    Column("key", String(16), primary_key=True),
-    Column("response_id", ResponseId, primary_key=True),
+    Column("turned_id", ResponseId, primary_key=True),
     Column("body", Bytes, nullable=False),
     postgresql_partition_by="RANGE (day)",
+    sqlite_with_rowid=False,
 )
 
 # What the join needs to know of a response without its body.
 response_index = Table(
     "response_index",
     metadata,
-    Column("response_id", ResponseId, primary_key=True),
-    Column("key", String(16), nullable=False),
-    Column("day", Date, nullable=False),
+    Column("turned_id", ResponseId, primary_key=True),
     Column("message_id", String(256)),
     Column("started_at_ms", BigInteger, nullable=False),
     Column("event_id", String(256), nullable=False),
@@ -55,6 +56,7 @@ response_index = Table(
         sqlite_where=text("message_id IS NOT NULL"),
         postgresql_where=text("message_id IS NOT NULL"),
     ),
+    sqlite_with_rowid=False,
 )
 
 # One row for each feedback_id, at its earliest stamp. The key is a part of the identity: so a partition's votes are
