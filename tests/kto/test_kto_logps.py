@@ -1,0 +1,147 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loop.kto import logps
+from loop.kto.attention import PACKED_ATTENTION
+from loop.kto.batch import mismatched_logps, policy_and_mismatched_logps, policy_logps
+from loop.kto.pack import Prompted, pack, packs_of
+from loop.kto.rows import Row
+
+KINDS = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "granite"]
+
+
+def plain_logps(model: Any, row: Row) -> Tensor:
+    """[length] by Transformers' own forward, the row alone, whole logits."""
+    ids = torch.tensor([row.prompt_ids + row.completion_ids])
+    logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    found = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return found[len(row.prompt_ids) - 1 :]
+
+
+def lora_gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_log_probs_and_gradients_are_those_of_each_row_alone(
+    kind: str, lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]]
+) -> None:
+    rows = make_rows(6)
+    plain = lora_model(kind, "eager")
+    expected = torch.stack([plain_logps(plain, row).sum() for row in rows])
+    weights = torch.linspace(-1, 1, len(rows))
+    (expected * weights).sum().backward()
+    expected_gradients = lora_gradients(plain)
+
+    packed = lora_model(kind, PACKED_ATTENTION)
+    found = policy_logps(packed, rows)
+    (found * weights).sum().backward()
+    gradients = lora_gradients(packed)
+
+    assert relative(found, expected) < 1e-5
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert relative(gradient, expected_gradients[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mismatched_pass_that_goes_on_from_kept_keys_equals_a_fresh_one(
+    kind: str, lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]]
+) -> None:
+    model, rows = lora_model(kind), make_rows(6)
+    others = [None if index == 2 else rows[index - 1].completion_ids for index in range(len(rows))]
+    matched, reused = policy_and_mismatched_logps(model, rows, others)
+    assert relative(matched, policy_logps(model, rows)) < 1e-6
+    assert relative(reused, mismatched_logps(model, rows, others)) < 1e-5
+    assert matched.requires_grad
+    assert not reused.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_completions_that_share_a_prompts_computation_score_as_if_separate(
+    kind: str, lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]]
+) -> None:
+    model, rows = lora_model(kind), make_rows(5)
+    together = logps.score_all(
+        model,
+        [Prompted(row.prompt_ids, (row.completion_ids, rows[i - 1].completion_ids)) for i, row in enumerate(rows)],
+    )
+    for index, row in enumerate(rows):
+        alone = logps.score_all(model, [Prompted(row.prompt_ids, (rows[index - 1].completion_ids,))])
+        assert together[index][1] == pytest.approx(alone[0][0], abs=1e-4)
+
+
+def test_logits_in_chunks_equal_logits_at_once(
+    monkeypatch: pytest.MonkeyPatch, lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]]
+) -> None:
+    model, rows = lora_model("gemma2"), make_rows(6)
+    whole = policy_logps(model, rows)
+    whole.sum().backward()
+    whole_gradients = lora_gradients(model)
+    monkeypatch.setattr(logps, "LOGITS_AT_A_TIME", 3 * model.config.vocab_size)
+    chunked = policy_logps(model, rows)
+    chunked.sum().backward()
+    assert relative(chunked, whole) < 1e-6
+    for name, gradient in lora_gradients(model).items():
+        assert relative(gradient, whole_gradients[name]) < 1e-5, name
+
+
+def test_no_logits_are_computed_for_prompts(
+    lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]]
+) -> None:
+    model, rows = lora_model(), make_rows(4)
+    seen: list[int] = []
+    model.get_base_model().lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].numel() // 32))
+    policy_logps(model, rows)
+    assert sum(seen) == sum(len(row.completion_ids) for row in rows)
+
+
+def test_a_pack_has_no_padding_and_computes_a_shared_prompt_once() -> None:
+    batch = pack([Prompted([5, 6, 7], ([8, 9], [10, 11, 12])), Prompted([4], ([3],))])
+    assert batch.input_ids.tolist() == [5, 6, 7, 8, 10, 11, 4]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 3, 4, 0]
+    assert batch.targets.tolist() == [8, 9, 10, 11, 12, 3]
+    assert batch.scored.tolist() == [2, 3, 2, 4, 5, 6]
+    assert batch.lengths.tolist() == [2, 3, 1]
+
+
+def test_packs_keep_to_their_tokens_and_to_the_order() -> None:
+    items = [Prompted([1] * size, ([2],)) for size in (3, 4, 9, 1, 1)]
+    assert list(packs_of(items, 7)) == [[0, 1], [2], [3, 4]]
+
+
+def test_lora_dropout_is_off_while_scoring_and_on_in_training(
+    lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]]
+) -> None:
+    from loop.kto.model import scoring
+
+    model, rows = lora_model(dropout=0.5), make_rows(3)
+    with scoring(model, "default"):
+        first, second = policy_logps(model, rows), policy_logps(model, rows)
+    assert torch.equal(first, second)
+    assert not torch.equal(policy_logps(model, rows), policy_logps(model, rows))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(
+    checkpointing: bool, lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]]
+) -> None:
+    model, rows = lora_model(), make_rows(5)
+    policy_logps(model, rows).sum().backward()
+    expected = lora_gradients(model)
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    others = [rows[index - 1].completion_ids for index in range(len(rows))]
+    policy_and_mismatched_logps(model, rows, others)[0].sum().backward()
+    for name, gradient in lora_gradients(model).items():
+        assert relative(gradient, expected[name]) < 1e-5, name
