@@ -31,6 +31,10 @@ class LogUnavailableError(ConnectionError):
     """The log cannot be reached now; the caller waits and tries again."""
 
 
+class RecordTooLargeError(ValueError):
+    """The log will never take this record; trying again is in vain."""
+
+
 class Consumer(Protocol):
     """One member of a consumer group. The store, not the log, says where to read on: see `seek`."""
 
@@ -56,7 +60,9 @@ class EventLog(Protocol):
     """A partitioned, durable, ordered log of bytes."""
 
     def append(self, records: Sequence[NewRecord]) -> None:
-        """Durable when it returns. Raises LogUnavailableError, with nothing lost that an earlier call appended."""
+        """Durable when it returns. Raises LogUnavailableError, with nothing lost that an earlier call appended, and
+        RecordTooLargeError.
+        """
 
     def consumer(self, group: str, topics: Sequence[str]) -> Consumer: ...
 

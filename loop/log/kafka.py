@@ -1,0 +1,241 @@
+"""The event log on Apache Kafka, by kafka-python. The only module that knows a Kafka client.
+
+Keys are placed by Kafka's default partitioner (murmur2), so producers in other languages that keep theirs place them
+alike. Offsets are committed only for lag tools: where to read on is what the store says.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.coordinator.assignors.range import RangePartitionAssignor
+from kafka.errors import (
+    CommitFailedError,
+    IllegalGenerationError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    RebalanceInProgressError,
+    TopicAlreadyExistsError,
+    UnknownMemberIdError,
+)
+from kafka.structs import OffsetAndMetadata
+
+from loop.log import LogUnavailableError, NewRecord, Record, RecordTooLargeError
+from loop.settings import LogSettings
+
+BOOTSTRAP_S = 5.0
+REQUEST_S = 10.0
+DELIVERY_S = 30.0
+SESSION_TIMEOUT_S = 10.0  # above the store's idle-in-transaction limit: a zombie has no lock left when it is replaced
+MAX_RECORD_BYTES = 8 * 1024 * 1024
+
+
+class KafkaLog:
+    """An EventLog on the settings' brokers. Threads may share it; its consumers belong to one thread each."""
+
+    def __init__(self, settings: LogSettings) -> None:
+        """Makes the topics (and their dead-letter topics) that are not there, and checks those that are.
+
+        Raises LogUnavailableError, and ValueError where the topics' partition counts differ.
+        """
+        logging.getLogger("kafka").setLevel(logging.ERROR)  # what it warns of is retried, or raised to us
+        self._settings = settings
+        self._client = _client_settings(settings)
+        self._lock = threading.Lock()
+        self._producer: Any = None
+        self._asker: Any = None
+        with self._reaching():
+            _prepare_topics(settings, self._client)
+
+    def append(self, records: Sequence[NewRecord]) -> None:
+        """On all in-sync replicas when it returns. Raises LogUnavailableError, and RecordTooLargeError for one that no
+        try can bring in; either way some of the records may have been taken, so appending again may double them.
+        """
+        with self._reaching():
+            with self._lock:
+                if self._producer is None:
+                    self._producer = KafkaProducer(
+                        **self._client,
+                        acks="all",
+                        enable_idempotence=True,
+                        linger_ms=5,
+                        batch_size=256 * 1024,
+                        max_request_size=MAX_RECORD_BYTES,
+                        max_block_ms=int(REQUEST_S * 1000),
+                        delivery_timeout_ms=int(DELIVERY_S * 1000),
+                        request_timeout_ms=int(REQUEST_S * 1000),
+                    )
+            futures = [
+                self._producer.send(
+                    record.topic,
+                    key=record.key.encode(),
+                    value=record.value,
+                    headers=[(name, value.encode()) for name, value in record.headers.items()],
+                )
+                for record in records
+            ]
+            self._producer.flush(timeout=DELIVERY_S)
+            for future in futures:
+                future.get(timeout=DELIVERY_S)
+
+    def consumer(self, group: str, topics: Sequence[str]) -> KafkaGroupConsumer:
+        """A new member of the group. Raises LogUnavailableError."""
+        with self._reaching():
+            consumer = KafkaConsumer(
+                **self._client,
+                group_id=group,
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",
+                isolation_level="read_committed",
+                # The same partition numbers of every topic go to one member: a key's events meet there.
+                partition_assignment_strategy=(RangePartitionAssignor,),
+                session_timeout_ms=int(SESSION_TIMEOUT_S * 1000),
+                heartbeat_interval_ms=int(SESSION_TIMEOUT_S * 1000 / 5),
+                max_partition_fetch_bytes=4 * 1024 * 1024,
+            )
+            consumer.subscribe(list(topics))
+        return KafkaGroupConsumer(consumer, self._client["bootstrap_servers"])
+
+    def end_offsets(self, topic: str) -> dict[int, int]:
+        """The next offset of each partition. Raises LogUnavailableError."""
+        with self._lock, self._reaching():
+            if self._asker is None:
+                self._asker = KafkaConsumer(**self._client, enable_auto_commit=False)
+            numbers = self._asker.partitions_for_topic(topic) or ()
+            places = [TopicPartition(topic, number) for number in sorted(numbers)]
+            ends = self._asker.end_offsets(places, timeout_ms=int(REQUEST_S * 1000))
+            return {place.partition: int(end) for place, end in ends.items()}
+
+    def close(self) -> None:
+        """Close the connections; what `append` returned from is with the brokers."""
+        with self._lock:
+            if self._producer is not None:
+                self._producer.close(timeout=REQUEST_S)
+            if self._asker is not None:
+                self._asker.close(autocommit=False)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        hint = ""
+        if self._settings.security_protocol != "PLAINTEXT":
+            # A refused password looks like a broker that is away.
+            hint = "; are log.security_protocol, sasl_mechanism, user, password and ssl_cafile the brokers'?"
+        with translated(self._client["bootstrap_servers"], hint):
+            yield
+
+
+class KafkaGroupConsumer:
+    """One member of a consumer group, for one thread."""
+
+    def __init__(self, consumer: Any, servers: Sequence[str]) -> None:
+        self._consumer = consumer
+        self._servers = servers
+
+    def assigned(self) -> set[int]:
+        """Partition numbers that this member owns now, as of the last poll."""
+        return {place.partition for place in self._consumer.assignment()}
+
+    def seek(self, topic: str, partition: int, offset: int) -> None:
+        """Read on at `offset`; where retention has taken that, at the first record that is left."""
+        self._consumer.seek(TopicPartition(topic, partition), offset)
+
+    def poll(self, max_records: int, timeout_s: float) -> list[Record]:
+        """The next records of the owned partitions, in order within each; empty after `timeout_s`, and while the
+        brokers are away. Raises LogUnavailableError.
+        """
+        with translated(self._servers):
+            polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
+        return [
+            Record(
+                found.topic,
+                found.partition,
+                found.offset,
+                (found.key or b"").decode(errors="replace"),
+                found.value or b"",
+                found.timestamp,
+                {name: value.decode(errors="replace") for name, value in found.headers},
+            )
+            for records in polled.values()
+            for found in records
+        ]
+
+    def commit(self, positions: Mapping[tuple[str, int], int]) -> None:
+        """Tell the brokers the next offsets, for lag tools. Raises LogUnavailableError."""
+        offsets = {TopicPartition(*place): OffsetAndMetadata(next_, "", -1) for place, next_ in positions.items()}
+        try:
+            with translated(self._servers):
+                self._consumer.commit(offsets, timeout_ms=int(REQUEST_S * 1000))
+        except LogUnavailableError as exc:
+            # The partitions moved on meanwhile, and their new owner commits: nothing is lost but a figure.
+            moved = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
+            if not isinstance(exc.__cause__, moved):
+                raise
+
+    def close(self) -> None:
+        """Leave the group. Raises LogUnavailableError."""
+        with translated(self._servers):
+            self._consumer.close(autocommit=False)
+
+
+@contextmanager
+def translated(servers: Sequence[str], hint: str = "") -> Iterator[None]:
+    """The client's errors as ours."""
+    try:
+        yield
+    except MessageSizeTooLargeError as exc:
+        raise RecordTooLargeError(f"Kafka: {exc}; expected at most {MAX_RECORD_BYTES} bytes a record") from exc
+    except KafkaError as exc:
+        raise LogUnavailableError(f"Kafka at {', '.join(servers)}: {type(exc).__name__}: {exc}{hint}") from exc
+
+
+def _client_settings(settings: LogSettings) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "bootstrap_servers": settings.bootstrap_servers,
+        "client_id": "thumbwheel",
+        "security_protocol": settings.security_protocol,
+        "bootstrap_timeout_ms": int(BOOTSTRAP_S * 1000),
+        "reconnect_backoff_max_ms": 2_000,
+    }
+    if settings.sasl_mechanism is not None:
+        found |= {
+            "sasl_mechanism": settings.sasl_mechanism,
+            "sasl_plain_username": settings.sasl_username,
+            "sasl_plain_password": settings.sasl_password.get_secret_value() if settings.sasl_password else None,
+        }
+    if settings.ssl_cafile is not None:
+        found["ssl_cafile"] = str(settings.ssl_cafile)
+    return found
+
+
+def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
+    pair = (settings.responses_topic, settings.feedback_topic)
+    admin = KafkaAdminClient(**client, request_timeout_ms=int(REQUEST_S * 1000))
+    try:
+        there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics() if topic["partitions"]}
+        # The partner of a topic that is there must be like it.
+        partitions = next((there[topic] for topic in pair if topic in there), settings.partitions)
+        configs = {"retention.ms": str(settings.retention_s * 1000), "max.message.bytes": str(MAX_RECORD_BYTES)}
+        for topic in (*pair, *(f"{topic}.dlt" for topic in pair)):
+            if topic not in there:
+                options = {
+                    "num_partitions": partitions,
+                    "replication_factor": settings.replication_factor,
+                    "configs": configs,
+                }
+                try:
+                    admin.create_topics({topic: options}, wait_for_metadata=True)
+                except TopicAlreadyExistsError:
+                    continue  # another process of ours was quicker
+        there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics(list(pair))}
+    finally:
+        admin.close()
+    if len({there[topic] for topic in pair}) != 1:
+        counts = ", ".join(f"{topic} has {there[topic]}" for topic in pair)
+        raise ValueError(
+            f"partition counts differ: {counts}; expected equal ones, for a response and its votes must meet"
+        )

@@ -1,0 +1,206 @@
+"""Real Apache Kafka and Postgres for tests: started from what the machine has, stopped at the session's end.
+
+A test package takes the fixtures by importing them in its conftest. Where the programs are not there, its tests skip
+with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import psycopg
+import pytest
+from pydantic import SecretStr
+
+from loop.settings import LogSettings, StoreSettings
+
+ROOT = Path(__file__).parent.parent
+START_S = 60.0
+
+
+def kafka_home() -> Path | None:
+    """The folder of a Kafka: KAFKA_HOME, else the shared one beside the repository."""
+    candidates = [Path(os.environ["KAFKA_HOME"])] if "KAFKA_HOME" in os.environ else []
+    candidates.append(ROOT.parent / "shared" / "kafka")
+    return next((home for home in candidates if any(home.glob("libs/kafka_2*.jar"))), None)
+
+
+@dataclass
+class RealKafka:
+    """One KRaft broker on loopback, with a folder of its own; killed and started again, it keeps its log."""
+
+    home: Path
+    folder: Path
+    ports: tuple[int, int] = field(default_factory=lambda: _free_ports(2))
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def server(self) -> str:
+        return f"127.0.0.1:{self.ports[0]}"
+
+    def settings(self, **changes: object) -> LogSettings:
+        """Settings of a log with topics of its own on this broker."""
+        name = uuid4().hex[:8]
+        topics = {"responses_topic": f"{name}.responses", "feedback_topic": f"{name}.feedback"}
+        return LogSettings(kind="kafka", bootstrap_servers=[self.server], **{**topics, **changes})  # type: ignore[arg-type]
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        environment = os.environ | {"CLASSPATH": f"{self.home}/libs/*"}
+        properties = self.folder / "server.properties"
+        run = ["java", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
+        if not properties.exists():
+            properties.write_text(self._properties())
+            made = ["-Xmx128m", "kafka.tools.StorageTool", "format", "--standalone", "--cluster-id"]
+            made += ["dGh1bWJ3aGVlbC10ZXN0MQ", "--config", str(properties)]
+            subprocess.run([*run, *made], env=environment, check=True, capture_output=True, timeout=START_S)
+        with (self.folder / "broker.log").open("ab") as log:
+            command = [*run, "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "kafka.Kafka", str(properties)]
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        _wait_for_port(self.ports[0], self.process, self.folder / "broker.log")
+
+    def stop(self, *, kill: bool = False) -> None:
+        """Stop it in order, or with SIGKILL."""
+        assert self.process is not None
+        (self.process.kill if kill else self.process.terminate)()
+        self.process.wait(START_S)
+
+    def _properties(self) -> str:
+        port, controller = self.ports
+        values = {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
+            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
+            "controller.quorum.bootstrap.servers": f"127.0.0.1:{controller}",
+            "controller.listener.names": "CONTROLLER",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "log.dirs": self.folder / "log",
+            "auto.create.topics.enable": "false",
+            "offsets.topic.replication.factor": 1,
+            "offsets.topic.num.partitions": 1,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "transaction.state.log.num.partitions": 1,
+            "share.coordinator.state.topic.replication.factor": 1,
+            "share.coordinator.state.topic.min.isr": 1,
+            "group.initial.rebalance.delay.ms": 0,
+            "broker.session.timeout.ms": 2000,
+            "broker.heartbeat.interval.ms": 500,
+        }
+        return "".join(f"{name}={value}\n" for name, value in values.items())
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[RealKafka]:
+    """A real Kafka broker."""
+    home = kafka_home()
+    if home is None or shutil.which("java") is None:
+        pytest.skip("no Apache Kafka: set KAFKA_HOME to an unpacked one, and have Java 17 on the PATH")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        broker = RealKafka(home, Path(folder))
+        broker.start()
+        yield broker
+        broker.stop()
+
+
+@dataclass
+class RealPostgres:
+    """One Postgres cluster on loopback, with a folder of its own."""
+
+    binaries: Path
+    folder: Path
+    user: str
+    port: int = field(default_factory=lambda: _free_ports(1)[0])
+
+    def new_store(self) -> StoreSettings:
+        """Settings of a store in a new database."""
+        name = f"store_{uuid4().hex[:8]}"
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return StoreSettings(url=SecretStr(self.url(name).replace("postgresql:", "postgresql+psycopg:")))
+
+    def url(self, database: str) -> str:
+        return f"postgresql://thumbwheel@127.0.0.1:{self.port}/{database}"
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        if not (self.folder / "data").exists():
+            # C: this cluster's databases are thrown away, and no test needs a language's order.
+            self._run("initdb", "-A", "trust", "-U", "thumbwheel", "--no-locale", "-E", "UTF8", "--no-sync")
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+        self._run("pg_ctl", "-w", "-t", "60", "-l", str(self.folder / "postgres.log"), "-o", options, "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stop it; with `immediate`, as by a crash."""
+        self._run("pg_ctl", "-w", "-m", mode, "stop")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        user = self.user if os.getuid() == 0 else None  # Postgres refuses root
+        group = pwd.getpwnam(self.user).pw_gid if user else None
+        done = subprocess.run(
+            [self.binaries / program, "-D", self.folder / "data", *arguments],
+            user=user,
+            group=group,
+            extra_groups=[] if user else None,
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=2 * START_S,
+        )
+        assert done.returncode == 0, f"{program}: {done.stderr.decode()}"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[RealPostgres]:
+    """A real Postgres cluster."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    on_path = shutil.which("initdb")
+    binaries = Path(on_path).parent if on_path else found[-1].parent if found else None
+    if binaries is None:
+        pytest.skip("no Postgres: install the server (Debian: postgresql)")
+    users = {user.pw_name for user in pwd.getpwall()}
+    user = next((name for name in ("postgres", "nobody") if name in users), "nobody")
+    folder = Path(tempfile.mkdtemp())
+    try:
+        if os.getuid() == 0:
+            shutil.chown(folder, user)
+        cluster = RealPostgres(binaries, folder, user)
+        cluster.start()
+        yield cluster
+        cluster.stop("immediate")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports(number: int) -> tuple[int, ...]:
+    listeners = [socket.socket() for _ in range(number)]
+    try:
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return tuple(listener.getsockname()[1] for listener in listeners)
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def _wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"ended while starting:\n{log.read_text()[-3000:]}"
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.1)  # polled until it answers, within the deadline above
+    raise AssertionError(f"did not answer within {START_S} s:\n{log.read_text()[-3000:]}")
