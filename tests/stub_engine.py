@@ -1,7 +1,7 @@
 """An upstream that answers as vLLM 0.32 does, down to the fields and their order, without a model; and with faults.
 
-`python -m tests.stub_engine PORT` serves it alone. The body's field `stub` steers it: `{"chunks": 50, "pace_s": 0.02,
-"fault": "reset" | "garbage" | "stall" | "no_done" | "error" | "500" | "slow"}`.
+`python -m tests.stub_engine PORT` serves it alone. The body's field `stub` steers it: `{"chunks": 50, "padding": 0,
+"pace_s": 0.02, "fault": "reset" | "garbage" | "stall" | "no_done" | "error" | "500" | "slow"}`.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def _logprob(word: str, is_chat: bool) -> dict[str, Any]:
 
 
 def _words(body: dict[str, Any]) -> list[str]:
-    return [f" word{n}" for n in range(body.get("stub", {}).get("chunks", 8))]
+    stub = body.get("stub", {})
+    return [f" word{n}" + "x" * stub.get("padding", 0) for n in range(stub.get("chunks", 8))]
 
 
 @lru_cache(maxsize=256)

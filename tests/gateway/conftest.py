@@ -34,7 +34,7 @@ async def serve(app: web.Application) -> tuple[web.AppRunner, str]:
 
 
 def read_spool(path: Path) -> tuple[list[ResponseLogged], list[FeedbackGiven]]:
-    """Everything in the spool, in the order of the partitions."""
+    """Everything in the spool, in the order in which it came."""
     log = EmbeddedLog(path)
     topics = LogSettings().responses_topic, LogSettings().feedback_topic
     responses, feedback = (
@@ -42,7 +42,10 @@ def read_spool(path: Path) -> tuple[list[ResponseLogged], list[FeedbackGiven]]:
         for topic in topics
     )
     log.close()
-    return [decode_response(value).data for value in responses], [decode_feedback(value).data for value in feedback]
+    return (
+        sorted((decode_response(value).data for value in responses), key=lambda logged: logged.started_at_ms),
+        sorted((decode_feedback(value).data for value in feedback), key=lambda given: given.hlc),
+    )
 
 
 @dataclass
@@ -92,12 +95,12 @@ async def start(stub: tuple[StubEngine, str], tmp_path: Path) -> AsyncIterator[S
     runners: list[web.AppRunner] = []
     sessions: list[aiohttp.ClientSession] = []
 
-    async def start_one(engine: dict[str, Any] | None = None, **gateway: Any) -> Gateway:
+    async def start_one(engine: dict[str, Any] | None = None, store: Path | None = None, **gateway: Any) -> Gateway:
         settings = Settings(
             engine=EngineSettings(**({"urls": [stub[1]]} | (engine or {}))),
             gateway=GatewaySettings(**({"route_poll_s": 0.05, "capture_timeout_s": 2.0} | gateway)),
             log=LogSettings(path=tmp_path / "log.db"),
-            store=StoreSettings(url=SecretStr(f"sqlite:///{tmp_path}/store.db")),
+            store=StoreSettings(url=SecretStr(f"sqlite:///{store or tmp_path / 'store.db'}")),
         )
         app = create_app(settings)
         runner, url = await serve(app)

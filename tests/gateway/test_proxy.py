@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -89,7 +90,8 @@ async def test_token_ids_are_there_for_those_who_ask(gateway: Gateway) -> None:
 
 
 async def test_the_engine_sees_the_request_as_it_was_sent(gateway: Gateway, stub: Stub) -> None:
-    odd = '{"model": "assistant", "messages": [{"role":"user","content":"\\u00e9 \\/"}], "x": 1.50, "big": 123456789012345678}'
+    message = '{"role":"user","content":"\\u00e9 \\/"}'
+    odd = f'{{"model": "assistant", "messages": [{message}], "x": 1.50, "big": 12345678901234567890123}}'
     await gateway.post("/v1/chat/completions", odd.encode(), {"traceparent": "00-ab-cd-01", "Cookie": "secret"})
     seen, headers = stub[0].requests[-1], stub[0].headers[-1]
     assert seen == json.loads(odd) | {"model": "base", "return_token_ids": True}
@@ -187,13 +189,13 @@ async def test_an_adapter_that_the_engine_lost_is_looked_up_once_more(
 
 
 async def test_a_restarted_gateway_routes_without_the_store(
-    start: StartGateway, stub: Stub, store: Engine, tmp_path: Any
+    start: StartGateway, stub: Stub, store: Engine, tmp_path: Path
 ) -> None:
     stub[0].models.add("assistant@v000003")
     await set_route(store, await start(), live="v000003")
-    with write(store) as connection:
-        connection.exec_driver_sql("DROP TABLE routes")
-    gateway = await start()
+    (tmp_path / "file").touch()
+    gateway = await start(store=tmp_path / "file" / "store.db")  # cannot be opened
+    assert not gateway.parts.routes.is_store_up
     assert (await gateway.chat())[0] == 200
     assert stub[0].requests[-1]["model"] == "assistant@v000003"
 

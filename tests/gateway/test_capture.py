@@ -1,0 +1,258 @@
+"""What the log gets of what was served; and that the chat is never worse off for it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import aiohttp
+import pytest
+from prometheus_client import REGISTRY
+
+from loop.events import ResponseLogged, key_of_message_id, key_of_response_id
+from loop.log import LogUnavailableError
+from services.gateway.identity import hash_rater
+from tests.gateway.conftest import HELLO, Gateway, StartGateway
+from tests.stub_engine import StubEngine
+
+Stub = tuple[StubEngine, str]
+
+
+def lost(reason: str) -> float:
+    return REGISTRY.get_sample_value("thumbwheel_gateway_responses_lost_total", {"reason": reason}) or 0.0
+
+
+async def the_response(gateway: Gateway) -> ResponseLogged:
+    """The one response in the spool, waited for where nothing else waits for it."""
+    async with asyncio.timeout(5):
+        while not (found := gateway.responses()):
+            await asyncio.sleep(0.01)
+    assert len(found) == 1
+    return found[0]
+
+
+async def test_a_response_is_logged_as_it_was_served(gateway: Gateway) -> None:
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    before_ms = time.time() * 1000
+    headers = {"X-Thumbwheel-Conversation-Id": "c1", "traceparent": "00-ab-cd-01"}
+    ask = HELLO | {
+        "user": "ann",
+        "metadata": {"message_id": "m1"},
+        "temperature": 0.3,
+        "tools": tools,
+        "logprobs": True,
+    }
+    _, body, response = await gateway.post("/v1/chat/completions", ask, headers)
+    (logged,) = gateway.responses()
+    assert logged.response_id == body["id"]
+    assert key_of_response_id(body["id"]) == key_of_message_id("m1")
+    assert logged.messages == HELLO["messages"]
+    assert (logged.endpoint, logged.alias, logged.adapter, logged.arm) == ("chat", "assistant", "base", "live")
+    assert (logged.conversation_id, logged.message_id, logged.trace) == ("c1", "m1", "00-ab-cd-01")
+    assert logged.rater == hash_rater(b"thumbwheel", "ann") != "ann"
+    assert logged.tools == tools
+    assert logged.params == {"temperature": 0.3, "logprobs": True}
+    assert logged.prompt_token_ids == [2, 277, 3]
+    (choice,) = logged.choices
+    assert choice.token_ids == [0, 1, 2, 3, 4]
+    assert choice.message["tool_calls"] == body["choices"][0]["message"]["tool_calls"]
+    assert (choice.finish_reason, choice.logprobs) == ("tool_calls", [-0.5])
+    assert not logged.aborted
+    assert before_ms - 1 <= logged.started_at_ms <= time.time() * 1000
+    assert 0 < (logged.first_token_s or 0) <= logged.duration_s < 5
+    assert response.status == 200
+
+
+@pytest.mark.parametrize("ask", [{}, {"n": 2}, {"tools": [{"type": "function", "function": {"name": "look_up"}}]}])
+async def test_a_stream_is_logged_like_the_same_answer_in_one_piece(gateway: Gateway, ask: dict[str, Any]) -> None:
+    await gateway.chat(**ask)
+    await gateway.chat(**ask, stream=True)
+    one, other = gateway.responses()
+    assert one.choices == other.choices
+    assert len(one.choices) == ask.get("n", 1)
+    assert one.prompt_token_ids == other.prompt_token_ids == [2, 277, 3]
+    assert not one.aborted
+    assert not other.aborted
+
+
+async def test_completions_are_logged_with_their_prompt(gateway: Gateway) -> None:
+    for stream in (False, True):
+        await gateway.post("/v1/completions", {"model": "assistant", "prompt": "once", "stream": stream, "logprobs": 1})
+    one, other = gateway.responses()
+    assert one.choices[0].token_ids == other.choices[0].token_ids == list(range(8))
+    assert one.choices[0].message == other.choices[0].message
+    assert (one.endpoint, one.prompt, one.messages, one.prompt_token_ids) == ("completions", "once", None, [2, 277, 3])
+    assert one.choices[0].message == {"content": "".join(f" word{n}" for n in range(8))}
+    assert other.choices[0].logprobs == [-0.5] * 8
+
+
+async def test_a_long_stream_is_condensed_on_the_way(gateway: Gateway) -> None:
+    await gateway.chat(stream=True, stub={"chunks": 500})
+    logged = await the_response(gateway)
+    assert logged.choices[0].message["content"] == "".join(f" word{n}" for n in range(500))
+    assert logged.choices[0].token_ids == list(range(625))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        {"prompt": ["a", "b"]},  # two prompts in one request are no example
+        {"prompt": "a", "echo": True},  # vLLM answers echo otherwise, once token ids are asked for
+        {"prompt": "a", "store": False},  # the app says no
+    ],
+)
+async def test_what_can_be_no_example_is_left_alone(gateway: Gateway, stub: Stub, ask: dict[str, Any]) -> None:
+    status, _, response = await gateway.post("/v1/completions", {"model": "assistant"} | ask)
+    assert status == 200
+    assert "X-Thumbwheel-Feedback-Token" not in response.headers
+    assert "return_token_ids" not in stub[0].requests[-1]
+    assert gateway.responses() == []
+
+
+async def test_the_conversation_is_named_or_found(gateway: Gateway) -> None:
+    first = {"role": "user", "content": "hello"}
+    turns = [first, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "and now?"}]
+    await gateway.chat(messages=[first])
+    await gateway.chat(messages=turns)
+    await gateway.chat(messages=[{"role": "user", "content": "another"}])
+    await gateway.chat(messages=[first], user="ann")
+    await gateway.chat(messages=[first], user="ann", metadata={"conversation_id": "c"})
+    found = [logged.conversation_id for logged in gateway.responses()]
+    assert found[0] == found[1] != found[2]
+    assert found[3:] == [hash_rater(b"thumbwheel", "ann"), "c"]
+
+
+# --- answers that do not come to their end ---------------------------------------------------------------------------
+
+
+async def test_a_client_that_leaves_ends_the_upstream_request_and_is_logged_as_aborted(
+    gateway: Gateway, stub: Stub
+) -> None:
+    ask = HELLO | {"stream": True, "stub": {"fault": "stall"}}
+    async with gateway.http.post(gateway.url + "/v1/chat/completions", json=ask) as response:
+        await response.content.readuntil(b"word1")
+        response.close()
+    left = time.monotonic()
+    async with asyncio.timeout(5):
+        while not stub[0].left:
+            await asyncio.sleep(0.01)
+    assert time.monotonic() - left < 1
+    logged = await the_response(gateway)
+    assert logged.aborted
+    assert logged.choices[0].message["content"].startswith(" word0 word1")
+    assert gateway.parts.routes.open_requests == 0
+
+
+async def test_a_client_that_leaves_before_the_first_byte_ends_the_request_too(gateway: Gateway, stub: Stub) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await gateway.chat(stub={"fault": "slow"})
+    async with asyncio.timeout(1):
+        while not stub[0].left:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("fault", ["reset", "no_done", "error", "stall"])
+async def test_a_stream_that_the_engine_breaks_off_is_passed_on_and_logged_as_aborted(
+    start: StartGateway, fault: str
+) -> None:
+    gateway = await start(engine={"request_timeout_s": 0.5})
+    ask = HELLO | {"stream": True, "stub": {"fault": fault}}
+    received = b""
+    async with gateway.http.post(gateway.url + "/v1/chat/completions", json=ask) as response:
+        try:
+            async for block in response.content.iter_any():
+                received += block
+            is_cut = False
+        except aiohttp.ClientPayloadError:
+            is_cut = True
+    assert is_cut is (fault in ("reset", "stall"))
+    assert b"word1" in received
+    assert received.endswith(b"data: [DONE]\n\n") is (fault == "error")
+    assert (await the_response(gateway)).aborted
+
+
+async def test_garbage_is_passed_on_and_costs_only_its_event(gateway: Gateway) -> None:
+    before = lost("capture")
+    ask = HELLO | {"stub": {"fault": "garbage"}}
+    async with gateway.http.post(gateway.url + "/v1/chat/completions", json=ask) as response:
+        assert await response.read() == b'\x00not json{"model":'
+    async with gateway.http.post(gateway.url + "/v1/chat/completions", json=ask | {"stream": True}) as response:
+        received = await response.read()
+    assert b"data: {not json\n\n\xff\xfe" in received
+    assert received.endswith(b"data: [DONE]\n\n")
+    assert lost("capture") == before + 2
+    assert gateway.responses() == []
+
+
+async def test_an_app_that_stops_reading_is_given_up(start: StartGateway, stub: Stub) -> None:
+    gateway = await start(engine={"request_timeout_s": 1.0})
+    ask = HELLO | {"stream": True, "stub": {"chunks": 300, "padding": 100_000}}
+    async with gateway.http.post(gateway.url + "/v1/chat/completions", json=ask) as response:
+        assert response.status == 200
+        async with asyncio.timeout(10):
+            while not stub[0].left:
+                await asyncio.sleep(0.02)  # not reading all the while
+    assert (await the_response(gateway)).aborted
+
+
+# --- a spool that fails ----------------------------------------------------------------------------------------------
+
+
+async def test_past_the_quota_responses_are_dropped_and_feedback_is_not(start: StartGateway) -> None:
+    gateway = await start(spool_quota_bytes=1 << 20)
+    gateway.parts.spool._quota_bytes = 1
+    before = lost("quota")
+    assert (await gateway.chat())[0] == 200
+    assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202
+    assert lost("quota") == before + 1
+    assert gateway.responses() == []
+    assert len(gateway.feedback()) == 1
+
+
+async def test_with_a_broken_spool_the_chat_goes_on_and_feedback_is_a_503(
+    gateway: Gateway, metrics_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise LogUnavailableError("disk full")
+
+    before = lost("failed")
+    with monkeypatch.context() as broken:
+        broken.setattr(gateway.parts.spool._log, "write", fail)
+        assert (await gateway.chat())[0] == 200
+        assert (await gateway.chat(stream=True))[0] == 200
+        assert lost("failed") == before + 2
+        status, body, response = await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"})
+        assert (status, body["error"]["code"], response.headers["Retry-After"]) == (503, "not_written", "1")
+        async with gateway.http.get(metrics_url + "/readyz") as ready:
+            assert ready.status == 503
+    with monkeypatch.context() as broken:
+        broken.setattr(gateway.parts.spool._log, "sync", fail)
+        assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 503
+    assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202
+    assert (await gateway.chat())[0] == 200
+
+
+async def test_a_slow_spool_holds_the_last_byte_for_the_capture_timeout_only(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await start(capture_timeout_s=0.05)
+    await gateway.chat()
+    before = lost("late")
+    write = gateway.parts.spool._log.write
+    monkeypatch.setattr(gateway.parts.spool._log, "write", lambda *a: (time.sleep(0.6), write(*a))[1])
+    started = time.monotonic()
+    assert (await gateway.chat(stream=True))[0] == 200
+    assert 0.05 <= time.monotonic() - started < 0.4
+    assert lost("late") == before + 1
+
+
+async def test_the_last_byte_waits_for_the_spool(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = gateway.parts.spool._log.write
+    monkeypatch.setattr(gateway.parts.spool._log, "write", lambda *a: (time.sleep(0.3), write(*a))[1])
+    async with gateway.http.post(gateway.url + "/v1/chat/completions", json=HELLO | {"stream": True}) as response:
+        await response.content.readuntil(b'"finish_reason":"stop"')
+        assert gateway.responses() == []
+        await response.content.readuntil(b"data: [DONE]")
+        assert len(gateway.responses()) == 1
