@@ -126,9 +126,9 @@ def save_pairs(pairs: Sequence[Row], path: Path) -> None:
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
 
 
-def score_pairs(model_dir: Path, adapter_dir: Path | None, pairs: Sequence[Row]) -> float:
-    """The share of pairs whose better answer gets the higher log-prob per token, end token included."""
+def score_pairs(model_dir: Path, adapter_dir: Path | None, pairs: Path) -> float:
+    """The share of a file's pairs whose better answer gets the higher log-prob per token, end token included."""
     # Scoring needs torch, asking does not: the import waits until it is needed.
-    from loop.kto.score import score_pairs as score
+    from loop.kto.score import score_file
 
-    return float(score(model_dir, adapter_dir, list(pairs))["accuracy_mean"])
+    return float(score_file(model_dir, pairs, adapter_dir)["accuracy_mean"])

@@ -22,7 +22,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from loop.store.examples import count_labels
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +29,7 @@ from deploy.demo import customers, measure
 from loop.registry import get_adapter
 from loop.settings import Settings, load_settings
 from loop.store import open_store
+from loop.store.examples import count_labels
 from loop.store.routes import read_route
 from loop.store.runs import Run, get_run
 from services.scheduler import ask_for_run
@@ -165,7 +165,8 @@ async def _before_and_after(demo: Demo) -> dict[str, Any]:
     console.rule("2  before: the base model answers; customers chat and vote")
     before, _ = await measure.measure_served(demo.base_url, model=alias)
     pairs = await measure.preference_pairs(demo.base_url, model=alias)
-    measure.save_pairs(pairs, demo.dir / "pairs.jsonl")
+    pairs_file = demo.dir / "pairs.jsonl"
+    measure.save_pairs(pairs, pairs_file)
     tally = await customers.chat_and_vote(demo.base_url, model=alias, customers=VOTERS)
     await asyncio.to_thread(_wait_for_joiner, demo)
     console.print(f"{tally.requests} requests, {tally.ups} thumbs up, {tally.downs} down, {len(tally.failures)} failed")
@@ -173,6 +174,8 @@ async def _before_and_after(demo: Demo) -> dict[str, Any]:
     console.rule("3  the night: snapshot, KTO on a QLoRA adapter, gate, swap, while customers keep chatting")
     run, chatting = await _night(demo)
     console.print(f"run {run.run_id}: [bold]{run.outcome}[/]")
+    if run.state != "done":
+        raise SystemExit(f"the night did not end well; see {demo.dir}/logs/scheduler.log")
 
     console.rule("4  after: the same alias, fresh customers, the same fresh questions")
     after, _ = await measure.measure_served(demo.base_url, model=alias)
@@ -181,8 +184,8 @@ async def _before_and_after(demo: Demo) -> dict[str, Any]:
     adapter = None if live is None else Path(get_adapter(store, live).path)
     store.dispose()
     with console.status("scoring the pairs"):
-        before["preference_accuracy"] = measure.score_pairs(measure.MODEL_DIR, None, pairs)
-        after["preference_accuracy"] = measure.score_pairs(measure.MODEL_DIR, adapter, pairs)
+        before["preference_accuracy"] = measure.score_pairs(measure.MODEL_DIR, None, pairs_file)
+        after["preference_accuracy"] = measure.score_pairs(measure.MODEL_DIR, adapter, pairs_file)
     gate = json.loads((demo.settings.scheduler.runs_dir / run.run_id / "gate.json").read_text())
     return {
         **{key: {"before": before[key], "after": after[key]} for key in FIGURES},

@@ -132,7 +132,7 @@ def unload_unneeded(fleet: Fleet, now_ms: int) -> list[str]:
         return []
     needed = {fleet.name(version) for version in needed_versions(fleet, route)}
     gone: list[str] = []
-    for replica in fleet.replicas:
+    for replica in (replica for replica in fleet.replicas if replica.is_healthy()):
         for name in replica.models():
             if name.startswith(f"{fleet.engine.alias}@") and name not in needed:
                 replica.unload(name)

@@ -106,7 +106,7 @@ def test_flipped_votes_make_it_worse_and_the_gate_refuses(
         assert answers.failures == []
         return figures
 
-    pairs = [json.loads(line) for line in (demo[0] / "pairs.jsonl").read_text().splitlines()]
+    pairs = demo[0] / "pairs.jsonl"
     base, worse = asyncio.run(served(engine.base_name)), asyncio.run(served("support@flipped"))
     assert measure.score_pairs(measure.MODEL_DIR, flipped, pairs) < demo[1]["preference_accuracy"]["before"]
     assert worse["median_length_tokens"] > base["median_length_tokens"]
