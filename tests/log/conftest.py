@@ -1,3 +1,9 @@
 """The real services that the log's contract suite runs on."""
 
+import warnings
+
 from tests.services_real import kafka  # noqa: F401
+
+with warnings.catch_warnings():  # kafka-python reads its schemas by a function that Python 3.11 wants replaced
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import loop.log.kafka  # noqa: F401

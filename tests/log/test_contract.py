@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from loop.log import Consumer, EventLog, NewRecord, Record
 from loop.log.open import open_log
 from loop.log.partition import partition_of
 from loop.settings import LogSettings
+
+# kafka-python leaves sockets of its connection attempts to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
 KEYS = [f"{n:016x}" for n in range(40)]
 Open = Callable[[], EventLog]
@@ -33,6 +37,7 @@ def log(settings: LogSettings) -> Iterator[EventLog]:
     opened = open_log(settings)
     yield opened
     opened.close()
+    gc.collect()  # so that those warnings are not some later test's
 
 
 def read_until(consumer: Consumer, is_enough: Callable[[list[Record]], bool], seconds: float = 30.0) -> list[Record]:
