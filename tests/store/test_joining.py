@@ -1,0 +1,235 @@
+"""The joiner's transaction on SQLite and on real Postgres: exactly once in effect, in whatever order it comes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import SecretStr
+from sqlalchemy import Engine, delete, func, select
+
+from loop.join import Batch, read_batch
+from loop.log import NewRecord, Record
+from loop.settings import StoreSettings
+from loop.store import open_store, write
+from loop.store.dead_letters import send_dead_letters
+from loop.store.examples import count_labels, stream_examples, votes_by_adapter
+from loop.store.joining import PositionMovedError, apply, count_pending, start_positions, turn, turn_back
+from loop.store.schema import dead_letters, metadata, positions, responses, votes
+from tests.join.oracle import Examples, examples_of
+from tests.join.traffic import (
+    RESPONSES,
+    START_MS,
+    colliding_events,
+    feedback,
+    key_of_message_id,
+    response,
+    response_id,
+)
+
+ID = response_id("a" * 16, 1)
+HLC = START_MS << 16
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def kept_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One store for many examples of a property."""
+    if request.param == "postgres":
+        opened = open_store(request.getfixturevalue("postgres").new_store())
+    else:
+        opened = open_store(StoreSettings(url=SecretStr(f"sqlite:///{tmp_path_factory.mktemp('store')}/store.db")))
+    yield opened
+    opened.dispose()
+
+
+@pytest.fixture
+def store(kept_store: Engine) -> Engine:
+    """An empty store."""
+    empty(kept_store)
+    return kept_store
+
+
+def empty(store: Engine) -> None:
+    with write(store) as connection:
+        for table in metadata.sorted_tables:
+            connection.execute(delete(table))
+
+
+def batch_of(*records: NewRecord) -> Batch:
+    return read_batch([Record(r.topic, 0, n, r.key, r.value, 0) for n, r in enumerate(records)], RESPONSES)
+
+
+def examples_in(store: Engine) -> Examples:
+    return {
+        (e.response_id, e.choice_index): {
+            "votes": {v["rater"]: (v["value"], v["weight"], v["hlc"]) for v in e.votes},
+            "up": e.up,
+            "down": e.down,
+            "event": e.event,
+        }
+        for e in stream_examples(store, date.min, page_rows=7)
+    }
+
+
+def deliver(store: Engine, events: list[NewRecord], random_: random.Random, sizes: list[int]) -> None:
+    """Everything twice, in any order, in batches of any size."""
+    order = events * 2
+    random_.shuffle(order)
+    while order:
+        size = random_.choice(sizes)
+        apply(store, "g", batch_of(*order[:size]), {})
+        order = order[size:]
+
+
+def check(store: Engine, seed: int, size: int, random_: random.Random) -> None:
+    empty(store)
+    events = colliding_events(seed, size)
+    deliver(store, events, random_, [1, 2, 5, 30, 200])
+    assert examples_in(store) == examples_of(events, RESPONSES)
+    answered = set(examples_in(store))
+    with store.connect() as connection:
+        kept = connection.execute(select(func.count()).select_from(responses)).scalar_one()
+        rows = connection.execute(select(votes.c.response_id, votes.c.choice_index, votes.c.pending)).all()
+    assert kept == len({(r.topic, r.key, _id(r)) for r in events if r.topic == RESPONSES})
+    assert not any(row.pending for row in rows if (row.response_id, row.choice_index) in answered)
+
+
+def _id(record: NewRecord) -> str:
+    (response,) = batch_of(record).responses
+    return response
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 80), random_=st.randoms(use_true_random=False))
+def test_everything_twice_in_any_order_gives_the_oracles_examples(
+    sqlite: Engine, seed: int, size: int, random_: random.Random
+) -> None:
+    check(sqlite, seed, size, random_)
+
+
+@pytest.fixture(scope="module")
+def sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    opened = open_store(StoreSettings(url=SecretStr(f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/store.db")))
+    yield opened
+    opened.dispose()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_same_on_both_stores(kept_store: Engine, seed: int) -> None:
+    check(kept_store, seed, 80, random.Random(seed))
+
+
+def test_a_vote_that_comes_first_waits_for_its_response(store: Engine) -> None:
+    apply(store, "g", batch_of(feedback("f", "up", HLC, response_id=ID)), {})
+    assert (examples_in(store), count_pending(store)) == ({}, 1)
+    apply(store, "g", batch_of(response(ID)), {})
+    assert (list(examples_in(store)), count_pending(store)) == ([(ID, 0)], 0)
+
+
+def test_a_newer_response_takes_over_the_votes_on_its_message(store: Engine) -> None:
+    first, second = (response_id(key_of_message_id("m"), n) for n in (1, 2))
+    vote = feedback("f", "down", HLC, message_id="m")
+    apply(store, "g", batch_of(vote, response(first, message_id="m")), {})
+    assert list(examples_in(store)) == [(first, 0)]
+    apply(store, "g", batch_of(response(second, message_id="m", at_ms=START_MS + 1)), {})
+    assert list(examples_in(store)) == [(second, 0)]
+
+
+def test_a_retracted_vote_takes_its_example_away_and_duplicates_change_nothing(store: Engine) -> None:
+    up, back = feedback("f", "up", HLC, response_id=ID), feedback("g", "retract", HLC + 1, response_id=ID)
+    first = apply(store, "g", batch_of(response(ID), up), {})
+    assert (first.responses, len(first.votes)) == (1, 1)
+    again = apply(store, "g", batch_of(response(ID), up), {})
+    assert (again.responses, again.votes) == (0, [])
+    apply(store, "g", batch_of(back), {})
+    assert examples_in(store) == {}
+    apply(store, "g", batch_of(up), {})
+    assert examples_in(store) == {}
+
+
+def test_a_zombie_changes_nothing(store: Engine) -> None:
+    place = (RESPONSES, 3)
+    assert start_positions(store, "g", [place]) == {place: 0}
+    apply(store, "g", batch_of(response(ID)), {place: (0, 10)})
+    other = response_id("b" * 16, 2)
+    with pytest.raises(PositionMovedError, match=r"no longer at thumbwheel\.responses\[3\] offset 0"):
+        apply(store, "g", batch_of(response(other), feedback("f", "up", HLC, response_id=other)), {place: (0, 12)})
+    assert examples_in(store) == {}
+    assert start_positions(store, "g", [place]) == {place: 10}
+    with store.connect() as connection:
+        assert connection.execute(select(func.count()).select_from(responses)).scalar_one() == 1
+        assert connection.execute(select(positions.c.next)).scalars().all() == [10]
+
+
+def test_a_nul_in_a_comment_is_kept_out_of_the_columns(store: Engine) -> None:
+    vote = feedback("f", "up", HLC, response_id=ID, comment="a\0b", reasons=["\\u0000"])
+    apply(store, "g", batch_of(vote, response(ID)), {})
+    with store.connect() as connection:
+        detail: Any = connection.execute(select(votes.c.detail)).scalar_one()
+    assert detail["comment"] == "a\ufffdb"
+
+
+class Outbox:
+    """A log that keeps what is appended."""
+
+    def __init__(self) -> None:
+        self.records: list[NewRecord] = []
+
+    def append(self, records: Any) -> None:
+        self.records += records
+
+
+def test_dead_letters_are_sent_once_with_where_they_were(store: Engine) -> None:
+    broken = NewRecord(RESPONSES, "k\0", b"\x00{", {})
+    apply(store, "g", batch_of(broken, response(ID)), {})
+    apply(store, "g", batch_of(broken), {})
+    outbox: Any = Outbox()
+    assert send_dead_letters(store, outbox, {1}) == 0  # another joiner's
+    assert send_dead_letters(store, outbox, {0}) == 1
+    assert send_dead_letters(store, outbox, {0}) == 0
+    (sent,) = outbox.records
+    assert (sent.topic, sent.value) == (f"{RESPONSES}.dlt", b"\x00{")
+    assert sent.headers["thumbwheel-topic"] == RESPONSES
+    assert sent.headers["thumbwheel-offset"] == "0"
+    assert "malformed" in sent.headers["thumbwheel-reason"]
+    with store.connect() as connection:
+        assert connection.execute(select(func.count()).where(dead_letters.c.sent)).scalar_one() == 1
+
+
+def test_examples_stream_in_one_order_and_are_counted(store: Engine) -> None:
+    day_ms = 86_400_000
+    ids = [response_id(f"{n:016x}", n) for n in range(25)]
+    served = [response(id, at_ms=START_MS + n % 3 * day_ms, adapter="a@v000001") for n, id in enumerate(ids)]
+    thumbs = [feedback(f"f{n}", "up" if n % 5 else "down", HLC, response_id=id) for n, id in enumerate(ids)]
+    tie = [feedback(f"t{n}", v, HLC, response_id=ids[1], rater=v) for n, v in enumerate(("down",))]
+    apply(store, "g", batch_of(*served, *thumbs, *tie), {})
+    found = list(stream_examples(store, date.min, page_rows=4))
+    assert [(e.day, e.response_id) for e in found] == sorted((e.day, e.response_id) for e in found)
+    assert len({e.response_id for e in found}) == 25
+    assert found[0].body.messages == [{"role": "user", "content": "Is it?"}]
+    assert found[0].votes[0].keys() == {"rater", "value", "weight", "source", "hlc"}
+    assert count_labels(store, date.min) == 24  # a tie is no label
+    since = date(2025, 10, 10)
+    assert count_labels(store, since) == sum(e.day >= since and e.up != e.down for e in found)
+    assert votes_by_adapter(store, "a@v000001", 0) == (20, 6)
+    assert votes_by_adapter(store, "a@v000001", START_MS + 1) == (0, 0)
+    assert votes_by_adapter(store, "another", 0) == (0, 0)
+
+
+@pytest.mark.parametrize("id", [ID, f"cmpl-{'0f' * 8}-{'0' * 36}"])
+def test_ids_are_turned_and_back(id: str) -> None:
+    assert turn_back(turn(id)) == id
+    assert len(turn(id)) == len(id)
+
+
+def test_a_store_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected sqlite:///FILE or postgresql"):
+        open_store(StoreSettings(url=SecretStr("mysql://u:secret@h/d")))
+    with pytest.raises(ValueError, match="names no file"):
+        open_store(StoreSettings(url=SecretStr("sqlite://")))
