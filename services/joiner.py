@@ -95,6 +95,11 @@ class Joiner:
         self._has_letters = True  # an earlier process may have left some
         self._commit_at = self._gauges_at = 0.0
 
+    @property
+    def positions(self) -> dict[Place, int]:
+        """The next offset of each partition that is ours, as joined and committed."""
+        return dict(self._next)
+
     def run(self, stop: threading.Event) -> None:
         """Rounds until `stop` is set."""
         consumer = self._events.consumer(self._group, self._topics)

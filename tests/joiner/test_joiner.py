@@ -1,0 +1,208 @@
+"""The consumer loop as a real process: killed, stopped, fed with rubbish, with its log and store away."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine
+
+from loop.log import EventLog, NewRecord
+from loop.log.open import open_log
+from loop.settings import LogSettings, Settings, StoreSettings
+from loop.store import open_store
+from loop.store.examples import stream_examples
+from loop.store.joining import start_positions
+from tests.conftest import free_port
+from tests.join.oracle import Examples, examples_of
+from tests.join.traffic import RESPONSES, START_MS, colliding_events, feedback, response, response_id
+from tests.services_real import RealKafka, RealPostgres
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+
+
+class Process:
+    """`thumbwheel joiner` on the settings' log and store."""
+
+    def __init__(self, settings: Settings, folder: Path, **changes: object) -> None:
+        self.metrics_port = free_port()
+        store, log = settings.store, settings.log
+        values: dict[str, Any] = {
+            "STORE__URL": store.url.get_secret_value(),
+            "LOG__KIND": log.kind,
+            "LOG__PATH": log.path,
+            "LOG__BOOTSTRAP_SERVERS": f'["{log.bootstrap_servers[0]}"]',
+            "LOG__RESPONSES_TOPIC": log.responses_topic,
+            "LOG__FEEDBACK_TOPIC": log.feedback_topic,
+            "JOINER__BATCH_EVENTS": 100,
+            "JOINER__POLL_TIMEOUT_S": 0.1,
+            "JOINER__METRICS_PORT": self.metrics_port,
+            **changes,
+        }
+        self.environment = os.environ | {f"THUMBWHEEL_{name}": str(value) for name, value in values.items()}
+        self.log = folder / f"joiner-{self.metrics_port}.log"
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "services.cli", "joiner"], env=self.environment, stdout=log, stderr=log
+            )
+
+    def signal(self, number: int) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def actions(self) -> str:
+        return self.log.read_text()
+
+    def metric(self, name: str) -> float:
+        url = f"http://127.0.0.1:{self.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not {what} within {seconds} s"
+        time.sleep(0.05)  # how often we look, within the deadline
+
+
+def is_joined(store: Engine, log: EventLog, settings: Settings) -> bool:
+    topics = (settings.log.responses_topic, settings.log.feedback_topic)
+    ends = {(topic, n): end for topic in topics for n, end in log.end_offsets(topic).items()}
+    return start_positions(store, settings.joiner.group, ends) == ends
+
+
+def examples_in(store: Engine) -> Examples:
+    return {
+        (e.response_id, e.choice_index): {
+            "votes": {v["rater"]: (v["value"], v["weight"], v["hlc"]) for v in e.votes},
+            "up": e.up,
+            "down": e.down,
+            "event": e.event,
+        }
+        for e in stream_examples(store, date.min)
+    }
+
+
+def embedded(folder: Path) -> Settings:
+    return Settings(
+        log=LogSettings(path=folder / "log.db"), store=StoreSettings(url=SecretStr(f"sqlite:///{folder}/store.db"))
+    )
+
+
+def test_killed_at_random_points_under_load_it_ends_equal_to_the_oracle(tmp_path: Path) -> None:
+    settings = embedded(tmp_path)
+    log, store = open_log(settings.log), open_store(settings.store)
+    random_ = random.Random(4)
+    events = colliding_events(4, 6_000)
+    joiner = Process(settings, tmp_path)
+    kills = 0
+    for start in range(0, len(events), 500):
+        log.append(events[start : start + 500])
+        before = sum(start_positions(store, "joiner", []).values())
+        if start % 1_000 == 0:
+            wait_until(lambda before=before: _offset(store) > before, "joining", 60)  # type: ignore[misc]
+            log.append(random_.sample(events, 100))  # and some again
+            joiner.signal(signal.SIGKILL)
+            kills += 1
+            joiner.start()
+    wait_until(lambda: is_joined(store, log, settings), "joined")
+    assert kills == 6
+    assert examples_in(store) == examples_of(events, RESPONSES)
+    assert joiner.signal(signal.SIGTERM) == 0
+    log.close()
+    store.dispose()
+
+
+def _offset(store: Engine) -> int:
+    with store.connect() as connection:
+        return int(connection.exec_driver_sql("SELECT coalesce(sum(next), 0) FROM positions").scalar_one())
+
+
+def test_rubbish_goes_to_dead_letters_and_the_stream_goes_on(tmp_path: Path) -> None:
+    settings = embedded(tmp_path)
+    log, store = open_log(settings.log), open_store(settings.store)
+    id = response_id("a" * 16, 1)
+    rubbish = [NewRecord(RESPONSES, "a" * 16, b"\xff{"), NewRecord(settings.log.feedback_topic, "", b"")]
+    log.append([*rubbish, response(id), feedback("f", "up", START_MS << 16, response_id=id)])
+    joiner = Process(settings, tmp_path)
+    wait_until(lambda: is_joined(store, log, settings), "joined")
+    dead = [f"{topic}.dlt" for topic in (RESPONSES, settings.log.feedback_topic)]
+    wait_until(lambda: all(sum(log.end_offsets(topic).values()) == 1 for topic in dead), "sent")
+    assert list(examples_in(store)) == [(id, 0)]
+    assert joiner.metric("thumbwheel_joiner_dead_letters_total{") == 2
+    assert joiner.metric("thumbwheel_joiner_events_total{") == 4
+    wait_until(lambda: joiner.metric("thumbwheel_joiner_pending_votes") == 0, "shown")
+    assert joiner.signal(signal.SIGTERM) == 0
+    assert all(f'"action": "{action}"' in joiner.actions() for action in ("joiner_dead_letter", "joiner_stopped"))
+    log.close()
+    store.dispose()
+
+
+def test_two_joiners_share_the_work(tmp_path: Path) -> None:
+    settings = embedded(tmp_path)
+    log, store = open_log(settings.log), open_store(settings.store)
+    joiners = [Process(settings, tmp_path) for _ in range(2)]
+    wait_until(lambda: all('"joiner_assigned"' in joiner.actions() for joiner in joiners), "both assigned")
+    events = colliding_events(9, 2_000)
+    log.append(events)
+    wait_until(lambda: is_joined(store, log, settings), "joined")
+    assert examples_in(store) == examples_of(events, RESPONSES)
+    assert all(joiner.metric("thumbwheel_joiner_events_total{") > 0 for joiner in joiners)
+    assert [joiner.signal(signal.SIGTERM) for joiner in joiners] == [0, 0]
+    log.close()
+    store.dispose()
+
+
+def test_on_kafka_and_postgres_with_both_restarted_meanwhile(
+    kafka: RealKafka, postgres: RealPostgres, tmp_path: Path
+) -> None:
+    settings = Settings(log=kafka.settings(), store=postgres.new_store())
+    log, store = open_log(settings.log), open_store(settings.store)
+    topics = {RESPONSES: settings.log.responses_topic}
+    events = colliding_events(11, 1_500)
+    placed = [r._replace(topic=topics.get(r.topic, settings.log.feedback_topic)) for r in events]
+    joiner = Process(settings, tmp_path)
+    log.append(placed[:500])
+    wait_until(lambda: is_joined(store, log, settings), "joined the first part", 120)
+    postgres.stop("immediate")
+    log.append(placed[500:1_000])
+    wait_until(lambda: '"joiner_waits"' in joiner.actions(), "waiting for the store")
+    postgres.start()
+    wait_until(lambda: is_joined(store, log, settings), "joined the second part", 120)
+    kafka.stop(kill=True)
+    kafka.start()
+    log.append([*placed[1_000:], *placed[:200]])
+    wait_until(lambda: is_joined(store, log, settings), "joined the last part", 120)
+    assert examples_in(store) == examples_of(events, RESPONSES)
+    assert joiner.signal(signal.SIGTERM) == 0
+    log.close()
+    store.dispose()
+    del log
+    gc.collect()  # kafka-python leaves sockets of its attempts to connect; so that they are not a later test's
+
+
+def test_what_is_away_at_the_start_is_waited_for(postgres: RealPostgres, tmp_path: Path) -> None:
+    settings = Settings(log=embedded(tmp_path).log, store=postgres.new_store())
+    postgres.stop()
+    joiner = Process(settings, tmp_path)
+    wait_until(lambda: '"joiner_waits"' in joiner.actions(), "waiting")
+    postgres.start()
+    wait_until(lambda: '"joiner_started"' in joiner.actions(), "started")
+    assert joiner.signal(signal.SIGTERM) == 0
