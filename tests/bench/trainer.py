@@ -69,6 +69,7 @@ def compare(folder: Path, rows: int, repeats: int, threads: int | None) -> None:
         "rows": rows,
         "rows_per_s": median("thumbwheel", "rows_per_s"),
         "trl_rows_per_s": median("trl", "rows_per_s"),
+        "cpu_ratio": median("trl", "cpu_s") / median("thumbwheel", "cpu_s"),  # steadier where cores are shared
         "speed_ratio": median("thumbwheel", "rows_per_s") / median("trl", "rows_per_s"),
         "memory_ratio_above_loading": grown["thumbwheel"] / grown["trl"],
         "max_loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], rival["losses"], strict=True)),
@@ -95,6 +96,7 @@ def run_thumbwheel(folder: Path) -> dict[str, Any]:
 
     model.load_base = load_and_measure
     out = folder / f"out-{time.monotonic_ns()}"
+    cpu_at_start = time.process_time()
     with (folder / "console").open("w") as console:
         result = train(settings, folder / "rows.jsonl", folder / "model", out, console=Console(file=console))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -102,6 +104,7 @@ def run_thumbwheel(folder: Path) -> dict[str, Any]:
         "rows_per_s": result["rows_per_s"],
         "train_s": result["train_s"],
         "setup_s": result["setup_s"],
+        "cpu_s": time.process_time() - cpu_at_start,
         "loaded_rss_mb": loaded[0],
         "peak_rss_mb": result["peak_rss_mb"],
         "losses": [line["loss"] for line in lines],
@@ -156,7 +159,7 @@ def run_trl(folder: Path) -> dict[str, Any]:
     for row, prepared in zip(ordered, trainer.train_dataset, strict=True):
         assert prepared["prompt_ids"] == row["prompt_ids"]
         assert prepared["completion_ids"] == row["completion_ids"]
-    setup_s = time.perf_counter() - started
+    setup_s, cpu_at_start = time.perf_counter() - started, time.process_time()
     trainer.train()
     train_s = time.perf_counter() - started - setup_s
     history = [line for line in trainer.state.log_history if "loss" in line]
@@ -164,6 +167,7 @@ def run_trl(folder: Path) -> dict[str, Any]:
         "rows_per_s": len(rows) / train_s,
         "train_s": train_s,
         "setup_s": setup_s,
+        "cpu_s": time.process_time() - cpu_at_start,
         "loaded_rss_mb": loaded,
         "peak_rss_mb": rss_mb(),
         "losses": [line["loss"] for line in history],
