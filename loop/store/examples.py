@@ -57,7 +57,7 @@ def stream_examples(engine: Engine, since_day: date, *, page_rows: int = 1_000) 
     while True:
         with engine.connect() as connection:
             rows = connection.execute(page).all()
-        yield from map(_example, rows)
+        yield from (_example(row) for row in rows)
         if len(rows) < page_rows:
             return
         last = rows[-1]
@@ -81,6 +81,6 @@ def votes_by_adapter(engine: Engine, adapter: str, since_ms: int) -> tuple[int, 
     return int(up), int(down)
 
 
-def _example(row: Row[Any]) -> Example:
+def _example(row: Row[*tuple[Any, ...]]) -> Example:
     values = row._asdict()
     return Example(event=bytes(values.pop("body")), **values)

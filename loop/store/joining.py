@@ -60,20 +60,20 @@ def apply(engine: Engine, group: str, batch: Batch, spans: Mapping[tuple[str, in
     Raises PositionMovedError, StoreUnavailableError; nothing was changed then.
     """
     with reaching(engine):
-        ensure_days(engine, {response.day for response, _ in batch.responses.values()})
+        turned = [(turn(id), response, event) for id, (response, event) in batch.responses.items()]
+        turned.sort(key=itemgetter(0))
+        bodies = [(response.day, id, event) for id, response, event in turned]
+        ensure_days(engine, {day for day, _, _ in bodies})
         with write(engine) as connection:
             bulk = open_bulk(connection)
             # 1. Bulk data comes near before any lock is taken: a process that is stopped here holds up nobody.
-            turned = [(turn(id), *brought) for id, brought in batch.responses.items()]
-            turned.sort(key=itemgetter(0))
-            bulk.stage(responses, [(response.day, id, event) for id, response, event in turned])
+            bulk.stage(responses, bodies)
             bulk.stage(response_index, [(id, *response[1:]) for id, response, _ in turned])
             # 2. Whoever moves the positions has these partitions to himself until he commits.
             _advance(bulk, group, spans)
             # 3. Facts before what follows from them.
             added, replaced, inserted = _add_responses(bulk, batch)
             changed, displaced = _add_votes(bulk, batch.votes)
-            _mark_pending(bulk, added, replaced)
             # 4. What the facts mean, for the responses that something new says something about.
             _rejoin(bulk, batch, added, replaced, [*changed, *displaced])
             bulk.insert(dead_letters, [_dead_row(letter) for letter in batch.dead_letters])
@@ -147,30 +147,9 @@ def _add_votes(bulk: Bulk, arrived: Mapping[tuple[str, str], Vote]) -> tuple[lis
     known = {(vote.key, vote.feedback_id): vote for vote in (Vote(*row) for row in rows)}
     changed = [vote for id, vote in arrived.items() if id not in known or is_earlier_copy(vote, known[id])]
     displaced = [known[id] for id in ((vote.key, vote.feedback_id) for vote in changed) if id in known]
-    seen = _known(bulk, {vote.response_id for vote in changed if vote.response_id})
-    under = _under(bulk, {vote.message_id for vote in changed if vote.message_id})
-    messages = {response.message_id for response in under.values()}
-    bulk.upsert(
-        votes,
-        [
-            (*vote[:11], _detail(vote), vote.response_id not in seen and vote.message_id not in messages)
-            for vote in changed
-        ],
-    )
+    # All are pending until what they mean has been looked for.
+    bulk.upsert(votes, [(*vote[:11], _detail(vote), True) for vote in changed])
     return changed, displaced
-
-
-def _mark_pending(bulk: Bulk, added: Iterable[Response], replaced: Iterable[Response]) -> None:
-    """Votes that waited for an added response are pending no more; those on a message that lost its only one are."""
-    ids = {response.response_id for response in added}
-    if ids:
-        bulk.execute("UPDATE votes SET pending = false WHERE pending AND response_id IN ??", ids)
-    if lost := {response.message_id for response in replaced if response.message_id}:
-        bulk.execute("UPDATE votes SET pending = true WHERE message_id IN ??", lost)
-    if messages := {response.message_id for response in _under(bulk, lost).values()} | {
-        response.message_id for response in added if response.message_id
-    }:
-        bulk.execute("UPDATE votes SET pending = false WHERE pending AND message_id IN ??", messages)
 
 
 def _rejoin(
@@ -190,6 +169,7 @@ def _rejoin(
     # A new response takes over the votes on its message, so the others under that message are touched too.
     under = _under(bulk, voted)
     touched |= under
+    _mark_pending(bulk, set(touched), voted, {response.message_id for response in under.values()})
     standing = _votes_on(bulk, touched, under.values(), voted)
     events = _events(bulk, batch, [response for id, response in touched.items() if standing[id]])
     joined = [example for id, event in events.items() for example in join(touched[id], standing[id], event)]
@@ -199,6 +179,15 @@ def _rejoin(
         "DELETE FROM examples WHERE response_id = ? AND choice_index = ?", [row for row in stood if row not in keys]
     )
     bulk.upsert(examples, [_example_row(example) for example in joined])
+
+
+def _mark_pending(bulk: Bulk, ids: set[str], voted: set[str], answered: set[str | None]) -> None:
+    """Votes on known responses, or on messages with one, wait no more; votes on a message that lost its only one do."""
+    for column, found in (("response_id", ids), ("message_id", voted & answered)):
+        if found:
+            bulk.execute(f"UPDATE votes SET pending = false WHERE pending AND {column} IN ??", found)
+    if lost := voted - answered:
+        bulk.execute("UPDATE votes SET pending = true WHERE NOT pending AND message_id IN ??", lost)
 
 
 def _votes_on(
