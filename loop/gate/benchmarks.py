@@ -93,6 +93,10 @@ def _load_tasks(settings: GateSettings) -> dict[str, Any]:
     # Data files in a task's YAML are relative to it; lm-eval takes them from the working directory.
     with contextlib.chdir(folder) if folder is not None else contextlib.nullcontext():
         tasks: dict[str, Any] = manager.load(list(settings.benchmark_tasks))["tasks"]
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=0)
     return tasks
 
 
@@ -100,16 +104,17 @@ def _evaluate(
     model: Any, tokenizer: Any, adapter: str | None, tasks: dict[str, Any], settings: GateSettings
 ) -> dict[str, list[dict[str, Any]]]:
     """lm-eval's samples (one a document, with the metrics on it) of each task under one adapter."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
     from loop.kto.model import scoring
 
     with _quiet(), _plain_attention(model), scoring(model, adapter):
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
-        results = simple_evaluate(
-            harness,
-            tasks=list(tasks.values()),
+        # Not `simple_evaluate`: it would list the machine's packages and drivers after each run, which takes seconds.
+        results = evaluate(
+            lm=harness,
+            task_dict={"tasks": tasks, "groups": {}},
             limit=settings.benchmark_limit,
             apply_chat_template=bool(getattr(tokenizer, "chat_template", None)),
             bootstrap_iters=0,

@@ -26,7 +26,7 @@ def strip(check: Check) -> Markup:
     accepted = _accepted(check)
     points = [check.value, check.low, check.high, *(a for a in accepted if a is not None)]
     known = [point for point in points if point is not None]
-    if check.threshold is None and 0 <= min(known) and max(known) <= 1:
+    if check.threshold is None and min(known) >= 0 and max(known) <= 1:
         known = [0.0, 1.0]  # shares are on one axis, to be compared by eye
     low, high = min(known), max(known)
     pad = (high - low) * 0.18 or max(abs(high), 1.0) * 0.1
