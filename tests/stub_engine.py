@@ -16,7 +16,6 @@ from typing import Any
 
 from aiohttp import web
 
-ENGINE = web.AppKey("engine", "StubEngine")  # type: ignore[var-annotated]
 PROMPT_IDS = [2, 277, 3]
 CREATED = 1_795_254_438
 FINGERPRINT = "vllm-0.32.0-stub"
@@ -43,6 +42,9 @@ class StubEngine:
         self.admin_calls = 0
         self.left = 0
         self.keeps_requests = True
+
+
+ENGINE = web.AppKey("engine", StubEngine)
 
 
 def create_stub(engine: StubEngine) -> web.Application:
@@ -185,9 +187,9 @@ def _chunk_bodies(body: dict[str, Any], is_chat: bool) -> Iterator[dict[str, Any
     prompt_ids = PROMPT_IDS if with_ids else None
     if is_chat:
         for index in range(n):
-            choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
+            role = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
             first = {"prompt_token_ids": prompt_ids, "prompt_text": None}
-            yield {"choices": [choice | {"finish_reason": None}], **first}
+            yield {"choices": [role | {"finish_reason": None}], **first}
     deltas = list(_deltas(body, is_chat))
     for at, (delta, word) in enumerate(deltas):
         is_last = at == len(deltas) - 1
@@ -219,7 +221,7 @@ def _deltas(body: dict[str, Any], is_chat: bool) -> Iterator[tuple[dict[str, Any
         yield {}, ""
         return
     for at, word in enumerate(_words(body)):
-        if at % 4 == 2:
+        if at % 8 == 2:
             yield {}, ""  # half a character
         yield {"content": word}, word
 
@@ -257,7 +259,7 @@ def main(port: int) -> None:
     """Serve the stub alone, for benchmarks and for other processes' tests."""
     import uvloop
 
-    engine = StubEngine()
+    engine = StubEngine({"base", "assistant"})
     engine.keeps_requests = False
     web.run_app(
         create_stub(engine),

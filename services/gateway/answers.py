@@ -16,7 +16,7 @@ from loop.events import Choice
 
 DONE = b"data: [DONE]\n\n"
 _MAX_EVENT_BYTES = 4 * 1024 * 1024  # a "chunk" without an end: passed on as it is
-_READ_EVERY_BYTES = 16 * 1024  # of a stream kept for the log before they are condensed
+_READ_EVERY_BYTES = 32 * 1024  # of a stream kept for the log before they are condensed
 
 _TOKEN_IDS = re.compile(rb'token_ids":\[[0-9, ]*\]')
 # A chunk that vLLM only sends because token ids were asked for: no text yet (half a character, held-back stop string).
@@ -24,11 +24,11 @@ _EMPTY_DELTA = b'"delta":{}'
 _CAUSED_BY_US = re.compile(rb'"delta":\{\},"logprobs":null,"finish_reason":null,"token_ids":')
 
 
-class _TokenLogprob(msgspec.Struct):
+class _TokenLogprob(msgspec.Struct, gc=False):
     logprob: float
 
 
-class _Logprobs(msgspec.Struct):
+class _Logprobs(msgspec.Struct, gc=False):
     content: list[_TokenLogprob] | None = None
     token_logprobs: list[float | None] | None = None
 
@@ -39,10 +39,19 @@ class _Logprobs(msgspec.Struct):
         return None if found is None or None in found else [value for value in found if value is not None]
 
 
-class _Choice(msgspec.Struct):
+class _Delta(msgspec.Struct, gc=False):
+    role: str | None = None
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class _Choice(msgspec.Struct, gc=False):
     index: int = 0
     message: dict[str, Any] | None = None
-    delta: dict[str, Any] | None = None
+    delta: _Delta | None = None
     text: str | None = None
     token_ids: list[int] | msgspec.UnsetType | None = msgspec.UNSET
     prompt_token_ids: list[int] | None = None
@@ -50,7 +59,7 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _Answer(msgspec.Struct):
+class _Answer(msgspec.Struct, gc=False):
     """A whole JSON answer, or one chunk of a stream."""
 
     choices: list[_Choice] = []
@@ -59,7 +68,6 @@ class _Answer(msgspec.Struct):
 
 
 _answer = msgspec.json.Decoder(_Answer)
-_chunks = msgspec.json.Decoder(list[_Answer])
 
 
 class Rename:
@@ -93,8 +101,12 @@ class Transcript:
 
     def read_events(self, events: bytes) -> None:
         """Take whole events of a stream. Raises msgspec.DecodeError."""
-        data = [event[6:] for event in events.split(b"\n\n") if event.startswith(b"data: {")]
-        self._take(_chunks.decode(b"[" + b",".join(data) + b"]"))
+        try:
+            # JSON has no line breaks of its own, so what is left of each event is one line of JSON.
+            answers = _answer.decode_lines(events.removeprefix(b"data: ").replace(b"\n\ndata: ", b"\n"))
+        except msgspec.DecodeError:  # comments and other fields may stand between the events, or it is no JSON at all
+            answers = [_answer.decode(line[6:]) for line in events.splitlines() if line.startswith(b"data: {")]
+        self._take(answers)
 
     def choices(self) -> list[Choice]:
         """The choices, in the order of their index."""
@@ -127,46 +139,52 @@ class _Said:
     def __init__(self) -> None:
         self.finish_reason: str | None = None
         self._message: dict[str, Any] = {}
-        self._texts: dict[str, list[str]] = {}
+        self._content: list[str] = []
+        self._asides: dict[str, str] = {}
         self._tool_calls: dict[int, dict[str, Any]] = {}
         self._token_ids: list[int] | None = None
         self._logprobs: list[float] | None = None
         self._has_all_ids = True
 
     def take(self, choice: _Choice) -> None:
-        if choice.delta is not None:
-            self._take_delta(choice.delta)
+        delta = choice.delta
+        if delta is not None:
+            if delta.content is not None:
+                self._content.append(delta.content)
+            if delta.content is None or delta.role or delta.tool_calls or delta.reasoning:
+                self._take_rare(delta)
         elif choice.message is not None:
             self._message = {name: value for name, value in choice.message.items() if value is not None}
             self._message.setdefault("content", None)
         elif choice.text is not None:
-            self._texts.setdefault("content", []).append(choice.text)
+            self._content.append(choice.text)
         if choice.token_ids is None:  # the engine keeps ids to itself where reasoning is hidden: none, rather than some
             self._has_all_ids = False
         elif choice.token_ids is not msgspec.UNSET:
-            self._token_ids = (self._token_ids or []) + choice.token_ids
+            if self._token_ids is None:
+                self._token_ids = choice.token_ids
+            else:
+                self._token_ids += choice.token_ids
         if choice.logprobs is not None and (values := choice.logprobs.values()) is not None:
             self._logprobs = (self._logprobs or []) + values
         self.finish_reason = choice.finish_reason or self.finish_reason
 
-    def _take_delta(self, delta: dict[str, Any]) -> None:
-        for name, value in delta.items():
-            if name == "tool_calls":
-                for part in value or ():
-                    self._take_tool_call(part)
-            elif isinstance(value, str) and name != "role":
-                self._texts.setdefault(name, []).append(value)
-            elif value is not None:
-                self._message[name] = value
-
-    def _take_tool_call(self, part: dict[str, Any]) -> None:
-        call = self._tool_calls.setdefault(part.get("index", 0), {"function": {"name": "", "arguments": ""}})
-        call.update({name: part[name] for name in ("id", "type") if part.get(name)})
-        for name, text in (part.get("function") or {}).items():
-            call["function"][name] = call["function"].get(name, "") + (text or "")
+    def _take_rare(self, delta: _Delta) -> None:
+        if delta.role is not None:
+            self._message["role"] = delta.role
+        for name in ("reasoning", "reasoning_content", "refusal"):
+            if (text := getattr(delta, name)) is not None:
+                self._asides[name] = self._asides.get(name, "") + text
+        for part in delta.tool_calls or ():
+            call = self._tool_calls.setdefault(part.get("index", 0), {"function": {"name": "", "arguments": ""}})
+            call.update({name: part[name] for name in ("id", "type") if part.get(name)})
+            for name, text in (part.get("function") or {}).items():
+                call["function"][name] = call["function"].get(name, "") + (text or "")
 
     def choice(self, index: int) -> Choice:
-        message = self._message | {name: "".join(parts) for name, parts in self._texts.items()}
+        message = self._message | self._asides
+        if self._content:
+            message["content"] = "".join(self._content)
         if self._tool_calls:
             message["tool_calls"] = [self._tool_calls[at] for at in sorted(self._tool_calls)]
             message["content"] = message.get("content") or None

@@ -1,13 +1,13 @@
 """What the gateway costs: `python -m tests.bench.gateway`, one JSON line for each figure.
 
-A stub engine, nginx, the gateway (capture to disk on) and the load generator are processes of their own. The contenders
+A stub engine, nginx, a bare aiohttp proxy, the gateway (capture to disk on) and the load generator are processes of
+their own. The contenders
 take turns in short rounds, so that what else the machine does meets them alike; latencies are those of all rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import shutil
@@ -60,6 +60,9 @@ def main() -> None:
             stack.enter_context(process(urls["nginx"] + "/health", "nginx", "-c", str(config)))
         else:
             print(json.dumps({"bench": "gateway", "note": "nginx is not installed: not compared with it"}))
+        urls["bare aiohttp"] = f"http://127.0.0.1:{(port := free_port())}"
+        bare = [sys.executable, "-m", "tests.bench.gateway_bare", urls["direct"], str(port)]
+        stack.enter_context(process(urls["bare aiohttp"] + "/healthz", *bare))
         urls["gateway"] = f"http://127.0.0.1:{(port := free_port())}"
         environment = {
             "THUMBWHEEL_ENGINE__URLS": json.dumps([urls["direct"]]),
@@ -79,7 +82,7 @@ def compare(urls: dict[str, str], kind: str, clients: int, seconds: float) -> No
     """Measure all contenders in turns and print a line for each."""
     latencies: dict[str, list[float]] = {name: [] for name in urls}
     spent_s = dict.fromkeys(urls, 0.0)
-    for name, url in urls.items():
+    for url in urls.values():
         load(url, kind, clients, 0.5)  # warm-up
     for _ in range(ROUNDS):
         for name, url in urls.items():
@@ -128,7 +131,8 @@ def process(health_url: str, *command: str, **environment: str) -> Iterator[None
                 with urllib.request.urlopen(health_url, timeout=2):
                     break
             except OSError:
-                assert child.poll() is None and time.monotonic() < deadline, f"{command} did not start"
+                if child.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{command} did not start") from None
                 time.sleep(0.05)
         yield
     finally:

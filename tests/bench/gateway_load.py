@@ -29,8 +29,8 @@ def request_bytes(kind: str, chunks: int, model: str) -> bytes:
     if kind == "stream":
         body["stream"] = True
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode() + data
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
 class Client(asyncio.Protocol):
@@ -78,13 +78,12 @@ class Client(asyncio.Protocol):
 
 
 async def main(url: str, kind: str, clients: int, seconds: float, chunks: int) -> None:
-    parts = urlsplit(url)
+    host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
     started = time.perf_counter()
     loop = asyncio.get_running_loop()
-    # The stub's base model has the same name for everybody: the gateway takes it as a name of its own.
-    request = request_bytes(kind, chunks, "base")
+    request = request_bytes(kind, chunks, "assistant")  # which the stub knows too, when it is asked directly
     made = [
-        (await loop.create_connection(lambda: Client(request, started + seconds), parts.hostname, parts.port))[1]
+        (await loop.create_connection(lambda: Client(request, started + seconds), host, port))[1]
         for _ in range(clients)
     ]
     await asyncio.gather(*(client.done for client in made))

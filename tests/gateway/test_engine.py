@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -33,38 +32,48 @@ async def clients(through: Gateway, engine: RealEngine) -> AsyncIterator[tuple[o
         yield direct, proxied
 
 
-def content_of(answer: dict[str, Any]) -> dict[str, Any]:
-    """What must not differ between two calls for the same."""
-    return answer | {"id": 0, "created": 0, "model": 0}
+def said(chunks: list[dict[str, Any]]) -> dict[str | int, Any]:
+    """What must not differ between two calls for the same; texts joined, for vLLM cuts a stream as its load has it."""
+    found: dict[str | int, Any] = {"fields": sorted({name for chunk in chunks for name in chunk})}
+    for chunk in chunks:
+        found["usage"] = chunk["usage"] or found.get("usage")
+        for choice in chunk["choices"]:
+            message = choice.get("message") or choice["delta"]
+            seen = found.setdefault(choice["index"], {"content": "", "logprobs": [], "finish_reason": None, "ids": []})
+            seen["content"] += message["content"] or ""
+            seen["logprobs"] += [token["logprob"] for token in (choice["logprobs"] or {}).get("content") or ()]
+            seen["finish_reason"] = choice["finish_reason"] or seen["finish_reason"]
+            seen["ids"] += choice.get("token_ids") or ()
+    return found
 
 
-@pytest.mark.parametrize(
-    "ask", [{}, {"n": 2, "logprobs": True}, {"stop": ["e"], "stream_options": {"include_usage": True}}]
-)
+@pytest.mark.parametrize("ask", [{}, {"n": 2, "logprobs": True}, {"stop": ["e"]}])
+@pytest.mark.parametrize("stream", [{}, {"stream": True, "stream_options": {"include_usage": True}}])
 async def test_vllm_answers_the_same_through_the_gateway(
-    clients: tuple[openai.AsyncOpenAI, openai.AsyncOpenAI], through: Gateway, engine: RealEngine, ask: dict[str, Any]
+    clients: tuple[openai.AsyncOpenAI, openai.AsyncOpenAI],
+    through: Gateway,
+    engine: RealEngine,
+    ask: dict[str, Any],
+    stream: dict[str, Any],
 ) -> None:
-    asked = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0, "seed": 1} | ask
-    for stream in (False, True):
-        if not stream:
-            asked_now = {name: value for name, value in asked.items() if name != "stream_options"}
-        else:
-            asked_now = asked | {"stream": True}
-        answers = []
-        for client, model in zip(clients, (engine.base_name, "assistant"), strict=True):
-            answer = await client.chat.completions.create(model=model, **asked_now)
-            chunks = [chunk.model_dump() async for chunk in answer] if stream else [answer.model_dump()]
-            answers.append(chunks)
-        direct, proxied = answers
-        if ask.get("n"):  # which of two choices comes first is chance
-            direct, proxied = (sorted(map(json.dumps, map(content_of, chunks))) for chunks in answers)  # type: ignore[assignment]
-            assert direct == proxied
-        else:
-            assert list(map(content_of, direct)) == list(map(content_of, proxied))
-    one, other = through.responses()
-    assert one.choices == other.choices
-    assert all(choice.token_ids for choice in one.choices)
-    assert one.prompt_token_ids
+    greedy = {"top_k": 1}  # vLLM takes no n > 1 at temperature 0
+    answers: list[dict[str | int, Any]] = []
+    for client, model in zip(clients, (engine.base_name, "assistant"), strict=True):
+        answer = await client.chat.completions.create(
+            model=model, messages=MESSAGES, max_tokens=24, extra_body=greedy, **ask, **stream
+        )
+        answers.append(said([chunk.model_dump() async for chunk in answer] if stream else [answer.model_dump()]))
+    assert answers[0] == answers[1]
+    assert len(answers[0][0]["content"]) > 0
+    assert answers[0][0]["ids"] == []
+    (logged,) = through.responses()
+    assert len(logged.choices) == ask.get("n", 1)
+    assert logged.prompt_token_ids
+    for choice in logged.choices:
+        assert choice.token_ids
+        assert choice.message["content"] is not None
+        assert len(choice.logprobs or choice.token_ids) == len(choice.token_ids)
+    assert not logged.aborted
 
 
 async def test_vllm_takes_the_minted_id(through: Gateway) -> None:

@@ -47,7 +47,7 @@ async def test_openai_gets_what_the_engine_answers(gateway: Gateway, stub: Stub,
         assert other.model == "assistant"
         assert same(one.model_dump(), other.model_dump())
 
-        options = {"stream": True, "stream_options": {"include_usage": True}}
+        options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
         one_stream = await direct.chat.completions.create(model="base", messages=messages, **ask, **options)
         other_stream = await through.chat.completions.create(model="assistant", messages=messages, **ask, **options)
         ones = [chunk.model_dump() async for chunk in one_stream]
