@@ -8,6 +8,7 @@ the served answers, sampled at temperature 1, differ from run to run.
 
 import asyncio
 import random
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -177,12 +178,14 @@ async def chat_and_vote(
     mess: Mess | None = None,
     concurrency: int = MAX_CONCURRENCY,
     streaming: float = 0.5,
-    stop: asyncio.Event | None = None,
+    stop: threading.Event | None = None,
+    pause_s: float = 0.0,
     quiet: bool = False,
 ) -> Tally:
     """Lets customers have one conversation each and vote on the answers; late votes come after all conversations.
 
-    `flip` turns every vote around. When `stop` is set, no new conversation begins; those under way are finished.
+    `flip` turns every vote around. Customers read for `pause_s` seconds before they go on. When
+    `stop` is set, no new conversation begins; those under way are finished.
     """
     mess = mess or Mess()
     late: list[Vote] = []
@@ -199,6 +202,7 @@ async def chat_and_vote(
                 asked = world.conversation(rng, "chat", rng.choice(turns))
                 messages: list[world.Message] = []
                 for question in asked:
+                    await asyncio.sleep(pause_s)
                     messages.append({"role": "user", "content": question.text})
                     stream = rng.random() < streaming
                     name = f"{who.rater}-talk"

@@ -14,9 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -116,7 +118,7 @@ def run_demo(directory: Path) -> dict[str, Any]:
     demo = set_up(directory)
     service = start(demo)
     try:
-        summary = asyncio.run(_before_and_after(demo))
+        summary = _before_and_after(demo)
     finally:
         stop(service)
     summary["seconds"] = round(time.monotonic() - started, 1)
@@ -140,7 +142,8 @@ def start(demo: Demo) -> subprocess.Popen[bytes]:
     """`thumbwheel up`, once everything answers."""
     console.rule("1  vLLM, gateway, joiner, scheduler")
     command = [sys.executable, "-m", "services.cli", "up", "--settings", str(demo.settings_path)]
-    command = ["env", "VLLM_CPU_KVCACHE_SPACE=1", *command, "--logs", str(demo.dir / "logs")]
+    # Engine and trainer share the cores: a thread that waits for its siblings must sleep, not spin.
+    command = ["env", "VLLM_CPU_KVCACHE_SPACE=1", "OMP_WAIT_POLICY=PASSIVE", *command, "--logs", str(demo.dir / "logs")]
     service = subprocess.Popen(command)
     urls = [demo.settings.engine.urls[0] + "/health", demo.base_url.removesuffix("/v1") + "/healthz"]
     deadline = time.monotonic() + 300
@@ -160,25 +163,25 @@ def stop(service: subprocess.Popen[bytes]) -> None:
         service.wait(120)
 
 
-async def _before_and_after(demo: Demo) -> dict[str, Any]:
+def _before_and_after(demo: Demo) -> dict[str, Any]:
     alias = demo.settings.engine.alias
     console.rule("2  before: the base model answers; customers chat and vote")
-    before, _ = await measure.measure_served(demo.base_url, model=alias)
-    pairs = await measure.preference_pairs(demo.base_url, model=alias)
+    before, _ = asyncio.run(measure.measure_served(demo.base_url, model=alias))
+    pairs = asyncio.run(measure.preference_pairs(demo.base_url, model=alias))
     pairs_file = demo.dir / "pairs.jsonl"
     measure.save_pairs(pairs, pairs_file)
-    tally = await customers.chat_and_vote(demo.base_url, model=alias, customers=VOTERS)
-    await asyncio.to_thread(_wait_for_joiner, demo)
+    tally = asyncio.run(customers.chat_and_vote(demo.base_url, model=alias, customers=VOTERS))
+    _wait_for_joiner(demo)
     console.print(f"{tally.requests} requests, {tally.ups} thumbs up, {tally.downs} down, {len(tally.failures)} failed")
 
     console.rule("3  the night: snapshot, KTO on a QLoRA adapter, gate, swap, while customers keep chatting")
-    run, chatting = await _night(demo)
+    run, chatting = _night(demo)
     console.print(f"run {run.run_id}: [bold]{run.outcome}[/]")
     if run.state != "done":
         raise SystemExit(f"the night did not end well; see {demo.dir}/logs/scheduler.log")
 
     console.rule("4  after: the same alias, fresh customers, the same fresh questions")
-    after, _ = await measure.measure_served(demo.base_url, model=alias)
+    after, _ = asyncio.run(measure.measure_served(demo.base_url, model=alias))
     store = open_store(demo.settings.store)
     live = read_route(store, alias).live
     adapter = None if live is None else Path(get_adapter(store, live).path)
@@ -198,25 +201,29 @@ async def _before_and_after(demo: Demo) -> dict[str, Any]:
     }
 
 
-async def _night(demo: Demo) -> tuple[Run, customers.Tally]:
+def _night(demo: Demo) -> tuple[Run, customers.Tally]:
     """Ask for the run as the clock does, and keep a few customers chatting until it has ended and a while longer."""
     store = open_store(demo.settings.store)
-    run_id = ask_for_run(store).run_id
-    over = asyncio.Event()
+    over = threading.Event()
     chat = customers.chat_and_vote(
         demo.base_url,
         model=demo.settings.engine.alias,
         seed=1,
         customers=100_000,
-        concurrency=2,
+        concurrency=4,
+        pause_s=1.0,
         stop=over,
         quiet=True,
     )
-    chatting = asyncio.create_task(chat)
-    await asyncio.to_thread(follow_run, store, demo.settings, run_id, console)
-    await asyncio.sleep(3)  # customers on the new adapter
-    over.set()
-    tally = await chatting
+    with ThreadPoolExecutor(1) as pool:
+        chatting = pool.submit(asyncio.run, chat)
+        try:
+            run_id = ask_for_run(store).run_id
+            follow_run(store, demo.settings, run_id, console)
+            time.sleep(3)  # for customers on the new adapter
+        finally:
+            over.set()
+        tally = chatting.result()
     run = get_run(store, run_id)
     store.dispose()
     assert run is not None
