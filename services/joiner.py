@@ -46,7 +46,7 @@ RETRY_S = 1.0
 COMMIT_EVERY_S = 1.0
 GAUGES_EVERY_S = 5.0
 SQLITE_TRANSACTION_S = 0.05  # other writers of the file wait for ours
-MIN_BATCH_EVENTS = 100
+MIN_BATCH_EVENTS = 500  # below, the cost of a transaction outweighs that of its events
 Place = tuple[str, int]
 T = TypeVar("T")
 

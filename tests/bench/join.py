@@ -32,7 +32,6 @@ from loop.log import NewRecord
 from loop.log.open import open_log
 from loop.settings import JoinerSettings, LogSettings, Settings, StoreSettings
 from loop.store import open_store
-from loop.store.joining import start_positions
 from services.joiner import Joiner
 
 NOW_MS = 1_760_000_000_000
@@ -51,12 +50,13 @@ def main() -> None:
         lines = []
         for n in range(options.runs):
             settings = _settings(Path(folder), n)
-            bare, joined = read_bare(settings), join_all(settings, options.events)
-            lines.append({"bare": options.events / bare, "joined": options.events / joined})
-            _print("join_run", lines[-1] | {"event_bytes": size})
-    medians = {name: statistics.median(line[name] for line in lines) for name in ("bare", "joined")}
-    ratio = statistics.median(line["joined"] / line["bare"] for line in lines)
-    _print("join", {**medians, "ratio": ratio, "events": options.events, "event_bytes": size, "runs": options.runs})
+            line = {}
+            for name, seconds in (("bare", read_bare(settings)), ("joined", join_all(settings, options.events))):
+                line |= {f"{name}_per_s": options.events / seconds[0], f"{name}_per_cpu_s": options.events / seconds[1]}
+            lines.append(line | {"ratio": line["joined_per_s"] / line["bare_per_s"]})
+            _print("join_run", lines[-1])
+    medians = {name: statistics.median(line[name] for line in lines) for name in lines[0]}
+    _print("join", {**medians, "events": options.events, "event_bytes": size, "runs": options.runs})
 
 
 def fill(settings: Settings, events: int, feedback_share: float) -> float:
@@ -115,36 +115,35 @@ def _response(random_: random.Random, id: str, key: str, now_ms: int) -> bytes:
     return encode(data, event_id=f"{key}-{now_ms}", key=key, source="bench", now_ms=now_ms)
 
 
-def read_bare(settings: Settings) -> float:
-    """Seconds to read and decode the whole log and do nothing else."""
+def read_bare(settings: Settings) -> tuple[float, float]:
+    """Seconds, and CPU seconds, to read and decode the whole log and do nothing else."""
     log = open_log(settings.log)
     topics = (settings.log.responses_topic, settings.log.feedback_topic)
     consumer = log.consumer("bare", topics)
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     while records := consumer.poll(settings.joiner.batch_events, 0.0):
         for record in records:
             if record.topic == topics[0]:
                 decode_response(record.value)
             else:
                 decode_feedback(record.value)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began, time.process_time() - began_cpu
     consumer.close()
     log.close()
     return seconds
 
 
-def join_all(settings: Settings, events: int) -> float:
-    """Seconds until the joiner has joined the whole log into a new store."""
+def join_all(settings: Settings, events: int) -> tuple[float, float]:
+    """Seconds, and CPU seconds, until the joiner has joined the whole log into a new store."""
     store, log = open_store(settings.store), open_log(settings.log)
     stop = threading.Event()
-    thread = threading.Thread(target=Joiner(settings, store, log).run, args=(stop,))
-    topics = (settings.log.responses_topic, settings.log.feedback_topic)
-    places = [(topic, partition) for topic in topics for partition in range(settings.log.partitions)]
-    began = time.perf_counter()
+    joiner = Joiner(settings, store, log)
+    thread = threading.Thread(target=joiner.run, args=(stop,))
+    began, began_cpu = time.perf_counter(), time.process_time()
     thread.start()
-    while sum(start_positions(store, settings.joiner.group, places).values()) < events:
-        time.sleep(0.05)  # how often we look, within what is measured
-    seconds = time.perf_counter() - began
+    while sum(joiner.positions.values()) < events:
+        time.sleep(0.02)  # how often we look, within what is measured
+    seconds = time.perf_counter() - began, time.process_time() - began_cpu
     stop.set()
     thread.join()
     log.close()

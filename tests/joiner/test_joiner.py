@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,24 @@ class Process:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
+Start = Callable[[Settings], Process]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts joiners; those that a failed test left are killed."""
+    started: list[Process] = []
+
+    def start_one(settings: Settings) -> Process:
+        started.append(Process(settings, tmp_path))
+        return started[-1]
+
+    yield start_one
+    for joiner in started:
+        if joiner.process.poll() is None:
+            joiner.signal(signal.SIGKILL)
+
+
 def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
@@ -106,18 +125,18 @@ def embedded(folder: Path) -> Settings:
     )
 
 
-def test_killed_at_random_points_under_load_it_ends_equal_to_the_oracle(tmp_path: Path) -> None:
+def test_killed_at_random_points_under_load_it_ends_equal_to_the_oracle(start: Start, tmp_path: Path) -> None:
     settings = embedded(tmp_path)
     log, store = open_log(settings.log), open_store(settings.store)
     random_ = random.Random(4)
     events = colliding_events(4, 6_000)
-    joiner = Process(settings, tmp_path)
+    joiner = start(settings)
     kills = 0
-    for start in range(0, len(events), 500):
-        log.append(events[start : start + 500])
-        before = sum(start_positions(store, "joiner", []).values())
-        if start % 1_000 == 0:
-            wait_until(lambda before=before: _offset(store) > before, "joining", 60)  # type: ignore[misc]
+    for first in range(0, len(events), 500):
+        log.append(events[first : first + 500])
+        before = _offset(store)
+        if first % 1_000 == 0:
+            wait_until(partial(_has_moved, store, before), "joining")
             log.append(random_.sample(events, 100))  # and some again
             joiner.signal(signal.SIGKILL)
             kills += 1
@@ -130,18 +149,22 @@ def test_killed_at_random_points_under_load_it_ends_equal_to_the_oracle(tmp_path
     store.dispose()
 
 
+def _has_moved(store: Engine, before: int) -> bool:
+    return _offset(store) > before
+
+
 def _offset(store: Engine) -> int:
     with store.connect() as connection:
         return int(connection.exec_driver_sql("SELECT coalesce(sum(next), 0) FROM positions").scalar_one())
 
 
-def test_rubbish_goes_to_dead_letters_and_the_stream_goes_on(tmp_path: Path) -> None:
+def test_rubbish_goes_to_dead_letters_and_the_stream_goes_on(start: Start, tmp_path: Path) -> None:
     settings = embedded(tmp_path)
     log, store = open_log(settings.log), open_store(settings.store)
     id = response_id("a" * 16, 1)
     rubbish = [NewRecord(RESPONSES, "a" * 16, b"\xff{"), NewRecord(settings.log.feedback_topic, "", b"")]
     log.append([*rubbish, response(id), feedback("f", "up", START_MS << 16, response_id=id)])
-    joiner = Process(settings, tmp_path)
+    joiner = start(settings)
     wait_until(lambda: is_joined(store, log, settings), "joined")
     dead = [f"{topic}.dlt" for topic in (RESPONSES, settings.log.feedback_topic)]
     wait_until(lambda: all(sum(log.end_offsets(topic).values()) == 1 for topic in dead), "sent")
@@ -155,10 +178,10 @@ def test_rubbish_goes_to_dead_letters_and_the_stream_goes_on(tmp_path: Path) -> 
     store.dispose()
 
 
-def test_two_joiners_share_the_work(tmp_path: Path) -> None:
+def test_two_joiners_share_the_work(start: Start, tmp_path: Path) -> None:
     settings = embedded(tmp_path)
     log, store = open_log(settings.log), open_store(settings.store)
-    joiners = [Process(settings, tmp_path) for _ in range(2)]
+    joiners = [start(settings) for _ in range(2)]
     wait_until(lambda: all('"joiner_assigned"' in joiner.actions() for joiner in joiners), "both assigned")
     events = colliding_events(9, 2_000)
     log.append(events)
@@ -171,14 +194,14 @@ def test_two_joiners_share_the_work(tmp_path: Path) -> None:
 
 
 def test_on_kafka_and_postgres_with_both_restarted_meanwhile(
-    kafka: RealKafka, postgres: RealPostgres, tmp_path: Path
+    start: Start, kafka: RealKafka, postgres: RealPostgres
 ) -> None:
     settings = Settings(log=kafka.settings(), store=postgres.new_store())
     log, store = open_log(settings.log), open_store(settings.store)
     topics = {RESPONSES: settings.log.responses_topic}
     events = colliding_events(11, 1_500)
     placed = [r._replace(topic=topics.get(r.topic, settings.log.feedback_topic)) for r in events]
-    joiner = Process(settings, tmp_path)
+    joiner = start(settings)
     log.append(placed[:500])
     wait_until(lambda: is_joined(store, log, settings), "joined the first part", 120)
     postgres.stop("immediate")
@@ -198,10 +221,10 @@ def test_on_kafka_and_postgres_with_both_restarted_meanwhile(
     gc.collect()  # kafka-python leaves sockets of its attempts to connect; so that they are not a later test's
 
 
-def test_what_is_away_at_the_start_is_waited_for(postgres: RealPostgres, tmp_path: Path) -> None:
+def test_what_is_away_at_the_start_is_waited_for(start: Start, postgres: RealPostgres, tmp_path: Path) -> None:
     settings = Settings(log=embedded(tmp_path).log, store=postgres.new_store())
     postgres.stop()
-    joiner = Process(settings, tmp_path)
+    joiner = start(settings)
     wait_until(lambda: '"joiner_waits"' in joiner.actions(), "waiting")
     postgres.start()
     wait_until(lambda: '"joiner_started"' in joiner.actions(), "started")
