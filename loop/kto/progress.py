@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-METRICS_LOG = "metrics.jsonl"
+METRICS_LOG, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class Watch:
@@ -30,7 +30,7 @@ class Watch:
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(work / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(work / TENSORBOARD))
 
     def __enter__(self) -> Watch:
         self._bar.start()

@@ -175,6 +175,8 @@ def train(
     fresh = folders.make_empty(work / "adapter")
     artifacts.write_adapter(policy, fresh, model_dir.name)
     shutil.copy(work / progress.METRICS_LOG, fresh)
+    if (work / progress.TENSORBOARD).exists():
+        shutil.copytree(work / progress.TENSORBOARD, fresh / progress.TENSORBOARD)
     folders.write_json(fresh / "metrics.json", result)
     manifest = inputs | {"data": data.name, "base": model_dir.name, "metrics": result}
     folders.write_json(fresh / "manifest.json", manifest | {"versions": artifacts.versions()})
@@ -244,8 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("--settings-json", "--data", "--model", "--out"):
         parser.add_argument(name, type=Path, required=True)
     given = parser.parse_args(arguments)
-    settings = TrainSettings.model_validate_json(given.settings_json.read_text())
     try:
+        settings = TrainSettings.model_validate_json(given.settings_json.read_text())
         result = train(settings, given.data, given.model, given.out)
     except (ValueError, FloatingPointError) as exc:
         sys.exit(f"thumbwheel train: {exc}")

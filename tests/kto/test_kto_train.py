@@ -1,0 +1,233 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loop.kto.folders import partial_dir
+from loop.kto.rows import Row
+from loop.kto.score import score_rows
+from loop.kto.train import train
+from loop.settings import TrainSettings
+
+SETTINGS = TrainSettings(quantization="none", lora_r=4, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=2)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture
+def data(tmp_path: Path, make_rows: Callable[..., list[Row]]) -> Path:
+    return write(make_rows(24, seed=3), tmp_path / "rows.jsonl")
+
+
+def write(rows: list[Row], path: Path) -> Path:
+    with path.open("w") as file:
+        for row in rows:
+            record = {"id": row.row_id, "conversation_id": row.conversation, "label": row.desirable}
+            record |= {"prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids, "weight": row.weight}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter_model.safetensors")
+
+
+def assert_same_adapter(found: Path, expected: Path, tolerance: float = 1e-6) -> None:
+    wanted = weights(expected)
+    for name, tensor in weights(found).items():
+        assert torch.allclose(tensor, wanted[name], rtol=0, atol=tolerance), name
+
+
+def metrics_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_an_adapter_a_manifest_and_its_figures(
+    data: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = train(SETTINGS.model_copy(update={"num_train_epochs": 6}), data, model_dir, out, console=quiet())
+    lines = metrics_of(out)
+    assert [line["step"] for line in lines] == list(range(1, 37))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"kl", "learning_rate", "grad_norm", "logps/chosen", "logps/rejected"} <= set(lines[0])
+    assert result == json.loads((out / "metrics.json").read_text())
+    assert {"rows_per_s", "train_s", "peak_rss_mb", "loss", "kl"} <= set(result)
+    assert (result["rows"], result["steps"], result["deadline_reached"]) == (24, 36, False)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["settings"]["beta"] == SETTINGS.beta
+    assert len(manifest["data_sha256"]) == 64
+    assert not partial_dir(out).exists()
+    for name in ("manifest.json", "adapter_config.json"):
+        assert str(tmp_path) not in (out / name).read_text()
+        assert str(model_dir) not in (out / name).read_text()
+
+
+def test_the_adapter_loads_in_peft_and_scores_there_as_here(
+    data: Path, model_dir: Path, tmp_path: Path, make_rows: Callable[..., list[Row]]
+) -> None:
+    from loop.kto.model import load_adapters, load_base
+
+    out = tmp_path / "out"
+    train(SETTINGS, data, model_dir, out, console=quiet())
+    rows = make_rows(5, seed=9)
+    ours = score_rows(load_adapters(load_base(model_dir, "none", "float32"), {"candidate": out}), rows, "candidate")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), out)
+    for row, score, base in zip(rows, ours.policy, ours.reference, strict=True):
+        ids = torch.tensor([row.prompt_ids + row.completion_ids])
+        with torch.no_grad():
+            logps = plain(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        assert logps[len(row.prompt_ids) - 1 :].sum().item() == pytest.approx(score, rel=1e-5, abs=1e-4)
+        assert score != pytest.approx(base, abs=1e-3)
+
+
+def test_vllm_takes_the_adapters_config(data: Path, model_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    out = tmp_path / "out"
+    train(SETTINGS, data, model_dir, out, console=quiet())
+    code = (
+        "import sys; from vllm.lora.peft_helper import PEFTHelper; h = PEFTHelper.from_local_dir(sys.argv[1], None);"
+        "print(h.r, h.lora_alpha, type(h.target_modules).__name__, h._validate_features())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["4 32 list []"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("dropout", "logged"), [(0.0, 5), (0.2, 12)])  # dropout's generator has to come back too
+def test_killed_at_any_step_and_started_again_it_ends_with_the_adapter_of_an_unbroken_run(
+    dropout: float, logged: int, data: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"lora_dropout": dropout, "num_train_epochs": 4})
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    (tmp_path / "settings.json").write_text(settings.model_dump_json())
+    command = [sys.executable, "-m", "loop.kto.train", "--settings-json", str(tmp_path / "settings.json")]
+    command += ["--data", str(data), "--model", str(model_dir)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    train(settings, data, model_dir, whole, console=quiet())
+
+    log = partial_dir(broken) / "metrics.jsonl"
+    process = subprocess.Popen([*command, "--out", str(broken)], env=environment, stderr=subprocess.DEVNULL)
+    while not (log.exists() and len(log.read_text().splitlines()) >= logged):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not broken.exists()
+    done = subprocess.run([*command, "--out", str(broken)], env=environment, capture_output=True, text=True, check=True)
+
+    assert_same_adapter(broken, whole)
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 24
+    assert [line["step"] for line in metrics_of(broken)] == list(range(1, 25))
+    for found, expected in zip(metrics_of(broken), metrics_of(whole), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+
+
+def test_gradient_accumulation_is_the_large_batch_z0_included(data: Path, model_dir: Path, tmp_path: Path) -> None:
+    for name, rows, parts in (("large", 8, 1), ("parts", 2, 4)):
+        update = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts, "num_train_epochs": 2}
+        train(SETTINGS.model_copy(update=update), data, model_dir, tmp_path / name, console=quiet())
+    for found, expected in zip(metrics_of(tmp_path / "parts"), metrics_of(tmp_path / "large"), strict=True):
+        assert found["kl"] == pytest.approx(expected["kl"], abs=1e-4)
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def test_the_same_inputs_give_the_same_adapter_and_a_finished_run_is_not_run_again(
+    data: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    first = train(SETTINGS, data, model_dir, tmp_path / "a", console=quiet())
+    train(SETTINGS, data, model_dir, tmp_path / "b", console=quiet())
+    assert_same_adapter(tmp_path / "a", tmp_path / "b", tolerance=0.0)
+    assert train(SETTINGS, data, model_dir, tmp_path / "a", console=quiet()) == first
+    with pytest.raises(ValueError, match=r"is another run: beta \(0.1 → 0.2\)"):
+        train(SETTINGS.model_copy(update={"beta": 0.2}), data, model_dir, tmp_path / "a", console=quiet())
+
+
+def test_a_folder_that_is_not_an_adapter_is_never_written_to(data: Path, model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not lose")
+    with pytest.raises(ValueError, match="exists and is not an adapter"):
+        train(SETTINGS, data, model_dir, tmp_path / "mine", console=quiet())
+    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+
+
+def test_nf4_trains_on_this_machine(data: Path, model_dir: Path, tmp_path: Path) -> None:
+    result = train(
+        SETTINGS.model_copy(update={"quantization": "nf4"}), data, model_dir, tmp_path / "q", console=quiet()
+    )
+    assert result["steps"] == 6
+    assert any(tensor.abs().max() > 0 for name, tensor in weights(tmp_path / "q").items() if "lora_B" in name)
+
+
+def test_bfloat16_trains_with_a_float32_adapter(data: Path, model_dir: Path, tmp_path: Path) -> None:
+    train(SETTINGS.model_copy(update={"dtype": "bfloat16"}), data, model_dir, tmp_path / "b", console=quiet())
+    assert {tensor.dtype for tensor in weights(tmp_path / "b").values()} == {torch.float32}
+
+
+def test_a_deadline_stops_it_in_order_with_what_it_has(
+    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import loop.kto.train as module
+
+    now = iter(range(10_000))  # a clock that ticks a second whenever it is read
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(now)))
+    settings = SETTINGS.model_copy(update={"deadline_s": 6.0})
+    result = train(settings, data, model_dir, tmp_path / "late", console=quiet())
+    assert result["deadline_reached"]
+    assert 0 < result["steps"] < result["steps_planned"]
+    assert weights(tmp_path / "late")
+
+
+def test_a_number_that_runs_away_stops_the_run_and_names_the_rows(
+    data: Path, model_dir: Path, tmp_path: Path, make_rows: Callable[..., list[Row]]
+) -> None:
+    poisoned = AutoModelForCausalLM.from_pretrained(model_dir)
+    row = make_rows(24, seed=3)[7]
+    token = row.prompt_ids[1]
+    with torch.no_grad():
+        poisoned.model.embed_tokens.weight[token] = torch.nan
+    folder = tmp_path / "poisoned"
+    poisoned.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model_dir / name).read_bytes())
+    with pytest.raises(FloatingPointError, match=r"not finite for rows \[.*'row-7'"):
+        train(SETTINGS, data, folder, tmp_path / "out", console=quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_conversation_alone_trains_with_z0_at_zero_and_says_so(
+    model_dir: Path, tmp_path: Path, make_rows: Callable[..., list[Row]], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write(make_rows(8, conversations=1), tmp_path / "rows.jsonl")
+    result = train(SETTINGS, data, model_dir, tmp_path / "out", console=quiet())
+    assert result["rows_without_mismatch"] == 8
+    assert result["kl"] == 0.0
+    assert "8 of 8 rows leave z0's mean" in caplog.text
+
+
+def test_tensorboard_gets_the_metrics_where_it_is_asked_for(data: Path, model_dir: Path, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"report_to": "tensorboard"})
+    train(settings, data, model_dir, tmp_path / "out", console=quiet())
+    assert list((tmp_path / "out" / "tensorboard").glob("events*"))
+
+
+def test_a_mistake_in_the_settings_is_found_before_torch_is_loaded(tmp_path: Path) -> None:
+    code = (
+        "import sys, loop.kto.train, loop.kto.folders, loop.kto.rows, loop.kto.groups;"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
