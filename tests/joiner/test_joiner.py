@@ -92,6 +92,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for joiner in started:
         if joiner.process.poll() is None:
             joiner.signal(signal.SIGKILL)
+    gc.collect()  # kafka-python leaves sockets of its attempts to connect; so that they are not a later test's
 
 
 def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
@@ -217,8 +218,6 @@ def test_on_kafka_and_postgres_with_both_restarted_meanwhile(
     assert joiner.signal(signal.SIGTERM) == 0
     log.close()
     store.dispose()
-    del log
-    gc.collect()  # kafka-python leaves sockets of its attempts to connect; so that they are not a later test's
 
 
 def test_what_is_away_at_the_start_is_waited_for(start: Start, postgres: RealPostgres, tmp_path: Path) -> None:
