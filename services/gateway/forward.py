@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from loop import metrics
-from loop.log import EventLog, LogUnavailableError, NewRecord
+from loop.log import EventLog, NewRecord, RecordTooLargeError
 from loop.log.embedded import EmbeddedLog
 from loop.settings import LogSettings
 
@@ -47,10 +47,23 @@ def forward_once(spool: EmbeddedLog, log: EventLog, topics: tuple[str, ...]) -> 
         for partition in spool.end_offsets(topic):
             records = spool.read(topic, partition, 0, BATCH)
             if records:
-                log.append([NewRecord(topic, record.key, record.value, _CONTENT_TYPE) for record in records])
+                _send(log, [NewRecord(topic, record.key, record.value, _CONTENT_TYPE) for record in records])
                 spool.drop_before(topic, partition, records[-1].offset + 1)
                 sent += len(records)
     return sent
+
+
+def _send(log: EventLog, records: Sequence[NewRecord]) -> None:
+    """Append the records; one that the broker will never take must not hold up those behind it: it is left out."""
+    try:
+        log.append(records)
+    except RecordTooLargeError as exc:
+        if len(records) > 1:
+            for record in records:
+                _send(log, [record])
+        else:
+            metrics.gateway_responses_lost.labels("too_large").inc()
+            _log.error("record left out: %s", exc, extra={"action": "forward_too_large"})
 
 
 def _run(spool: EmbeddedLog, settings: LogSettings, stop: threading.Event) -> None:
@@ -67,7 +80,7 @@ def _run(spool: EmbeddedLog, settings: LogSettings, stop: threading.Event) -> No
                 pass
             metrics.gateway_spool_records.set(0)
             wait_s = POLL_S
-        except LogUnavailableError as exc:
+        except Exception as exc:  # supervisor: broker down, topics not as they should be: the spool keeps everything
             _log.warning("log not reached: %s", exc, extra={"action": "forward_failed"})
             metrics.gateway_spool_records.set(_waiting(spool, topics))
             wait_s = RETRY_S

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from loop.log import LogUnavailableError, NewRecord
+from loop.log import LogUnavailableError, NewRecord, RecordTooLargeError
 from loop.log.embedded import EmbeddedLog
 from services.gateway.forward import BATCH, forward_once
 
@@ -20,6 +20,8 @@ class Broker:
         self.failures: list[str] = []
 
     def append(self, records: Sequence[NewRecord]) -> None:
+        if any(len(record.value) > 100 for record in records):
+            raise RecordTooLargeError("expected at most 100 bytes")
         failure = self.failures.pop() if self.failures else ""
         if failure == "before":
             raise LogUnavailableError("no broker")
@@ -55,4 +57,14 @@ def test_an_empty_spool_sends_nothing(tmp_path: Path) -> None:
     broker = Broker()
     assert forward_once(spool, broker, TOPICS) == 0  # type: ignore[arg-type]
     assert broker.records == []
+    spool.close()
+
+
+def test_a_record_that_the_broker_never_takes_holds_up_no_other(tmp_path: Path) -> None:
+    spool = EmbeddedLog(tmp_path / "spool.db", partitions=1)
+    spool.write([NewRecord(TOPICS[0], "k", value) for value in (b"1", b"x" * 101, b"2")])
+    broker = Broker()
+    assert forward_once(spool, broker, TOPICS) == 3  # type: ignore[arg-type]
+    assert [record.value for record in broker.records] == [b"1", b"2"]
+    assert spool.read(TOPICS[0], 0, 0, 1) == []
     spool.close()
