@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loop.kto.folders import make_empty, publish, write_json
+from loop.kto.progress import METRICS_LOG, TENSORBOARD
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -29,6 +30,19 @@ def write_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
         config["lora_alpha"] = int(config["lora_alpha"])  # vLLM declares it so
     save_file(_weights(model), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     write_json(folder / ADAPTER_CONFIG, config)
+
+
+def publish_run(model: PeftModel, manifest: dict[str, Any], work: Path, out: Path) -> None:
+    """The adapter with its manifest, figures and logs as `out`, all at once; then the work folder goes."""
+    fresh = make_empty(work / "adapter")
+    write_adapter(model, fresh, manifest["base"])
+    shutil.copy(work / METRICS_LOG, fresh)
+    if (work / TENSORBOARD).exists():
+        shutil.copytree(work / TENSORBOARD, fresh / TENSORBOARD)
+    write_json(fresh / "metrics.json", manifest["metrics"])
+    write_json(fresh / "manifest.json", manifest | {"versions": versions()})
+    publish(fresh, out)
+    shutil.rmtree(work)
 
 
 def save_checkpoint(model: PeftModel, state: dict[str, Any], work: Path, step: int) -> None:

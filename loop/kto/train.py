@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import resource
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,8 +21,12 @@ from typing import TYPE_CHECKING, Any
 from loop.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from rich.console import Console
 
+    from loop.kto.batch import Reference
+    from loop.kto.pack import Tokens
+    from loop.kto.progress import Watch
     from loop.kto.rows import Row
 
 logger = logging.getLogger(__name__)
@@ -61,13 +64,7 @@ def train(
     all_groups = groups.make_groups([row.conversation for row in train_rows], size, settings.seed)
     others = batch.mismatched_completions(train_rows, all_groups, settings.max_length)
     counts["rows_without_mismatch"] = sum(other is None for other in others)
-    if counts["rows_without_mismatch"]:
-        logger.warning(
-            "%d of %d rows leave z0's mean: their group has no other conversation; a group without any has z0 = 0",
-            counts["rows_without_mismatch"],
-            len(train_rows),
-            extra={"action": "rows_without_mismatch"},
-        )
+    _warn_of_rows_without_mismatch(counts["rows_without_mismatch"], len(train_rows))
 
     # --- model: one base, frozen; the policy is the base with the adapter on, the reference with it off
     base = model.load_base(model_dir, settings.quantization, settings.dtype)
@@ -78,13 +75,7 @@ def train(
 
     with progress.Watch(work, settings.report_to, console) as watch:
         # --- reference: log-probs of all rows and of all mismatched pairs, once
-        reference_file = work / "reference.safetensors"
-        if not reference_file.exists():
-            task = watch.task("reference", len(train_rows))
-            with model.scoring(policy, None):
-                computed = batch.reference_logps(policy, train_rows, others, lambda done: watch.advance(task, done))
-            batch.save_reference(computed, reference_file)
-        reference = batch.load_reference(reference_file)
+        reference = _reference(policy, train_rows, others, work, watch)
         desirable = torch.tensor([row.desirable for row in train_rows], device=device)  # [rows]
         weight = torch.tensor([row.weight for row in train_rows], device=device)  # [rows]
         matched, mismatched = reference.matched.to(device), reference.mismatched.to(device)  # [rows] each
@@ -159,8 +150,7 @@ def train(
                 artifacts.save_checkpoint(policy, saved, work, step + 1)
 
     # --- the adapter, its manifest and the figures; then all of it at once
-    means = {name: total / state["step"] for name, total in state["totals"].items()}
-    result = means | {
+    result = {name: total / state["step"] for name, total in state["totals"].items()} | {
         "rows": len(train_rows),
         **counts,
         "steps": state["step"],
@@ -172,16 +162,8 @@ def train(
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
     }
-    fresh = folders.make_empty(work / "adapter")
-    artifacts.write_adapter(policy, fresh, model_dir.name)
-    shutil.copy(work / progress.METRICS_LOG, fresh)
-    if (work / progress.TENSORBOARD).exists():
-        shutil.copytree(work / progress.TENSORBOARD, fresh / progress.TENSORBOARD)
-    folders.write_json(fresh / "metrics.json", result)
     manifest = inputs | {"data": data.name, "base": model_dir.name, "metrics": result}
-    folders.write_json(fresh / "manifest.json", manifest | {"versions": artifacts.versions()})
-    folders.publish(fresh, out)
-    shutil.rmtree(work)
+    artifacts.publish_run(policy, manifest, work, out)
     return result
 
 
@@ -198,6 +180,31 @@ def _load_rows(settings: TrainSettings, data: Path, model_dir: Path) -> tuple[li
     if not fitting:
         raise ValueError(f"{data}: none of {len(every_row)} rows is within max_length = {settings.max_length} tokens")
     return fitting, counts
+
+
+def _reference(
+    policy: PeftModel, train_rows: list[Row], others: list[Tokens | None], work: Path, watch: Watch
+) -> Reference:
+    """The reference's log-probs; a resumed run finds them in its work folder."""
+    from loop.kto import batch, model
+
+    file = work / "reference.safetensors"
+    if not file.exists():
+        task = watch.task("reference", len(train_rows))
+        with model.scoring(policy, None):
+            computed = batch.reference_logps(policy, train_rows, others, lambda done: watch.advance(task, done))
+        batch.save_reference(computed, file)
+    return batch.load_reference(file)
+
+
+def _warn_of_rows_without_mismatch(without: int, rows: int) -> None:
+    if without:
+        logger.warning(
+            "%d of %d rows leave z0's mean: their group has no other conversation; a group without any has z0 = 0",
+            without,
+            rows,
+            extra={"action": "rows_without_mismatch"},
+        )
 
 
 def _schedule(settings: TrainSettings, step: int, steps: int) -> float:
