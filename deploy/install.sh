@@ -31,8 +31,7 @@ install_python() {
         rm -rf .venv # absent, half made, or of another Python
         "$python" -m venv .venv || fail "cannot make .venv; on Debian, install python3-venv"
     fi
-    # Three installs at once, of disjoint packages: the lock has no torch, and none looks at dependencies. Modules are
-    # compiled when they are first imported: most never are.
+    # Three installs at once, of disjoint packages: the lock has no torch, and none looks at dependencies.
     echo "install.sh: $TORCH and the packages of deploy/requirements.lock, some minutes"
     local jobs=() job part pip=(.venv/bin/pip install -qq --no-compile --no-deps)
     "${pip[@]}" "$TORCH" & jobs+=($!)
@@ -45,6 +44,11 @@ install_python() {
     # Where the torch build brings CUDA libraries as dependencies, they come now; a CPU build asks for nothing more.
     .venv/bin/pip install -qq --no-compile "$TORCH"
     .venv/bin/pip install -qq --no-compile --no-deps --no-build-isolation -e .
+    # Bytecode, on every core and only here: vLLM alone would spend 20 s more in each of its processes, and where the
+    # environment forbids to write it, at every start. Left out: tests, and model families that nothing here loads.
+    .venv/bin/python -m compileall -q -j 0 \
+        -x 'site-packages/(.*/tests?/|transformers/models/(?!auto|llama)\w+/|anthropic/|pip/|nltk/)' \
+        .venv/lib/python3.11/site-packages >/dev/null || true # some packages ship templates that are no Python
     touch "$stamp"
 }
 
