@@ -123,12 +123,7 @@ def preference_checks(candidate: Ratios, live: Ratios, held_out: HeldOut, settin
     ups, downs = true_pairs(desirable, held_out.prompts)
     codes = np.unique(np.asarray(held_out.clusters, dtype=str), return_inverse=True)[1]
     is_own = codes[ups] == codes[downs]
-
-    def pair_accuracy(scores: F64, resample: F64) -> F64:
-        right = np.where(scores[ups] == scores[downs], 0.5, scores[ups] > scores[downs])
-        # A pair of one cluster is drawn as often as the cluster is, one across two as often as both are.
-        times = np.where(is_own, resample[:, ups], resample[:, ups] * resample[:, downs])
-        return _share(right[None], times * np.sqrt(held_out.weight[ups] * held_out.weight[downs]))
+    pair_weight = np.sqrt(held_out.weight[ups] * held_out.weight[downs])
 
     def statistic(resample: F64) -> F64:
         weights = resample * held_out.weight
@@ -136,7 +131,9 @@ def preference_checks(candidate: Ratios, live: Ratios, held_out: HeldOut, settin
         for ratios in (candidate, live):
             figures.append(balanced_accuracy(ratios, desirable, weights))
             figures.append(auc(ratios.matched, desirable, weights))
-            figures.append(pair_accuracy(ratios.matched, resample))
+            # A pair of one cluster is drawn as often as the cluster is, one across two as often as both are.
+            times = np.where(is_own, resample[:, ups], resample[:, ups] * resample[:, downs])
+            figures.append(_share(_ordered(ratios.matched[ups], ratios.matched[downs])[None], times * pair_weight))
         mine, other = figures[:3], figures[3:]
         return np.stack([*figures, *(a - b for a, b in zip(mine, other, strict=True))], axis=1)
 
@@ -158,6 +155,11 @@ def preference_checks(candidate: Ratios, live: Ratios, held_out: HeldOut, settin
         if not (who == "candidate" and name == "AUC") and (name != "true pairs" or len(ups))
     ]
     return evidence + checks
+
+
+def _ordered(higher: F64, lower: F64) -> F64:
+    """1 where the first is above the second, a half where they are equal, else 0: [p], [p] -> [p]."""
+    return np.where(higher == lower, 0.5, (higher > lower).astype(np.float64))
 
 
 def _share(right: F64, weights: F64) -> F64:

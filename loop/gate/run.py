@@ -7,35 +7,35 @@ model, log-probs that are not finite) are raised: then there is no verdict, whic
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from loop.gate import probe as engine_probe
 from loop.gate.benchmarks import benchmark_check, run_benchmarks
 from loop.gate.bootstrap import F64, cluster_bootstrap, means
-from loop.gate.preference import HeldOut, Ratios, preference_checks, reference_point
+from loop.gate.inputs import Inputs, choose_probes, read_inputs
+from loop.gate.preference import Ratios, preference_checks, reference_point
 from loop.gate.probe import Probe, ProbeError
 from loop.gate.scoring import Scores, kl_to_base, score
 from loop.gate.serving import length_check, manner, mean_over_tokens, skew_check
 from loop.gate.verdict import Check, Verdict, decide, must_be_at_most, uncomputed
-from loop.kto.groups import mismatch
 from loop.kto.model import load_adapters, load_base, load_tokenizer
-from loop.kto.rows import Row, fit, read_records, row_of
 from loop.kto.template import read_chat_template
 from loop.settings import GateSettings, TrainSettings
 
 log = logging.getLogger("thumbwheel.gate")
 Progress = Callable[[str], None]
 
-SERVING_CHECKS = {"length_ratio": "Median reply length, candidate / live", "serve_skew": "Serve skew"}
+SERVING_CHECKS = {
+    "length_ratio": "Median reply length, candidate / live",
+    "serve_skew": "Serve skew: mean gap, engine to trainer",
+}
 MIN_ANSWERED = 8
 """Fewest answered probe prompts that a figure is drawn from, and no less than half of those asked."""
 
@@ -62,19 +62,6 @@ class GateResult:
 
     def to_json(self) -> dict[str, Any]:
         return {"verdict": self.verdict, "checks": [asdict(check) for check in self.checks], "figures": self.figures}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Held-out rows as they are scored, with who voted, and for each the answer that it is mismatched with."""
-
-    rows: list[Row]
-    held_out: HeldOut
-    mismatched: list[list[int] | None]
-
-    @property
-    def prompted(self) -> list[tuple[list[int], list[int], list[int] | None]]:
-        return [(r.prompt_ids, r.completion_ids, other) for r, other in zip(self.rows, self.mismatched, strict=True)]
 
 
 def run_gate(
@@ -149,45 +136,8 @@ def run_gate(
     return GateResult(decide(checks), checks, figures, arrays)
 
 
-def read_inputs(
-    path: Path, tokenizer: Any, chat_template: str | None, train: TrainSettings
-) -> tuple[Inputs, dict[str, Any]]:
-    """The rows of a held-out file, and how many were left out for their length."""
-    is_empty = path.suffix == ".parquet" and pq.read_metadata(path).num_rows == 0
-    records = [] if is_empty else read_records(path)
-    rows, raters = [], {}
-    for place, record in records:
-        row = row_of(record, place, tokenizer, chat_template, (1.0, 1.0))
-        rows.append(row)
-        raters[row.row_id] = record.get("rater") or f"conversation {row.conversation}"
-    rows, dropped = fit(rows, train.max_length, train.truncation)
-    partners = mismatch([row.conversation for row in rows])
-    others = [None if p is None else rows[p].completion_ids for p in partners]
-    held_out = HeldOut(
-        desirable=np.asarray([row.desirable for row in rows], dtype=bool),
-        weight=np.asarray([row.weight for row in rows], dtype=np.float64),
-        clusters=[raters[row.row_id] for row in rows],
-        prompts=[tuple(row.prompt_ids) for row in rows],
-    )
-    counts = {
-        "rows": len(rows),
-        "desirable": int(held_out.desirable.sum()),
-        "undesirable": int((~held_out.desirable).sum()),
-        "clusters": len(set(held_out.clusters)),
-        **dropped,
-    }
-    return Inputs(rows, held_out, others), counts
-
-
 def ratios_of(policy: Scores, base: Scores) -> Ratios:
     return Ratios(policy.sums - base.sums, policy.mismatched - base.mismatched)
-
-
-def choose_probes(rows: Sequence[Row], count: int) -> list[list[int]]:
-    """`count` different prompts of the rows, by a hash: the same ones for every candidate on the same rows."""
-    prompts = {tuple(row.prompt_ids): None for row in rows}
-    ordered = sorted(prompts, key=lambda ids: hashlib.sha256(repr(ids).encode()).digest())
-    return [list(ids) for ids in ordered[:count]]
 
 
 def _kl_check(divergence: F64, inputs: Inputs, settings: GateSettings) -> Check:
@@ -221,20 +171,10 @@ def _serving(
     prompts = choose_probes(inputs.rows, settings.probe_prompts)
     progress(f"probing the engine with {len(prompts)} prompts")
     try:
-        answers = {
-            who: engine_probe.generate(engine.url, name, prompts, settings.probe_max_tokens, engine.api_key)
-            for who, name in (("candidate", engine.candidate), ("live", engine.live))
-        }
+        answered = _ask(engine, prompts, settings)
     except ProbeError as exc:
         return _no_serving(str(exc)), {}, {}
-    answered = [
-        (prompt, mine, other)
-        for prompt, mine, other in zip(prompts, answers["candidate"], answers["live"], strict=True)
-        if mine is not None and other is not None and mine.token_ids
-    ]
-    if len(answered) < min(settings.probe_prompts, max(MIN_ANSWERED, len(prompts) // 2)):
-        return _no_serving(f"{len(answered)} of {len(prompts)} probe prompts were answered"), {}, {}
-    probes: dict[str, list[Probe]] = {"candidate": [a[1] for a in answered], "live": [a[2] for a in answered]}
+    probes = {"candidate": [a[1] for a in answered], "live": [a[2] for a in answered]}
     trainer = score(model, "candidate", [(prompt, mine.token_ids, None) for prompt, mine, _ in answered])
     skew, gaps = skew_check(probes["candidate"], trainer.tokens, settings)
     figures: dict[str, Any] = {
@@ -248,6 +188,22 @@ def _serving(
         "skew": gaps,
     }
     return [length_check(probes["candidate"], probes["live"], settings), skew], figures, arrays
+
+
+def _ask(engine: EngineProbe, prompts: list[list[int]], settings: GateSettings) -> list[tuple[list[int], Probe, Probe]]:
+    """Prompt, the candidate's answer and live's, where the engine gave both. Raises ProbeError for too few."""
+    answers = [
+        engine_probe.generate(engine.url, name, prompts, settings.probe_max_tokens, engine.api_key)
+        for name in (engine.candidate, engine.live)
+    ]
+    answered = [
+        (prompt, mine, other)
+        for prompt, mine, other in zip(prompts, *answers, strict=True)
+        if mine is not None and other is not None and mine.token_ids
+    ]
+    if len(answered) < min(settings.probe_prompts, max(MIN_ANSWERED, len(prompts) // 2)):
+        raise ProbeError(f"{len(answered)} of {len(prompts)} probe prompts were answered")
+    return answered
 
 
 def _no_serving(why: str) -> list[Check]:
@@ -280,7 +236,7 @@ def _quantization_check(
     """The candidate's token log-probs on the quantised base of its training against those on the base as served."""
     name, title, most = (
         "quantization_shift",
-        "Shift from training's base to serving's",
+        "Mean gap, training's base to serving's",
         settings.max_quantization_shift_nats,
     )
     if train.quantization == "none":
@@ -292,7 +248,7 @@ def _quantization_check(
     trained = score(model, "candidate", [(row.prompt_ids, row.completion_ids, None) for row in inputs.rows])
     gaps = [np.abs(a - b) for a, b in zip(trained.tokens, served.tokens, strict=True)]
     found = mean_over_tokens(gaps, inputs.held_out.clusters, settings)
-    return must_be_at_most(name, f"{title}, mean |Δ|", found, most, unit="nats/token")
+    return must_be_at_most(name, title, found, most, unit="nats/token")
 
 
 def _z0(ratios: Ratios) -> float:

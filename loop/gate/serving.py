@@ -59,7 +59,7 @@ def skew_check(probes: Sequence[Probe], trainer: Sequence[F64], settings: GateSe
     gaps = [np.abs(np.asarray(probe.logprobs) - own) for probe, own in zip(probes, trainer, strict=True)]
     found = mean_over_tokens(gaps, [str(index) for index in range(len(gaps))], settings)
     check = must_be_at_most(
-        "serve_skew", "Serve skew: engine − trainer, mean |Δ|", found, settings.max_serve_skew_nats, unit="nats/token"
+        "serve_skew", "Serve skew: mean gap, engine to trainer", found, settings.max_serve_skew_nats, unit="nats/token"
     )
     return check, np.concatenate(gaps)
 

@@ -26,7 +26,7 @@ MISSED = 1e-3
 NEIGHBOURS = 8
 MIN_WORDS = 4
 _WORD = re.compile(r"\w+")
-_DIGITS = re.compile(r"\d+")
+_IDENTIFIER = re.compile(r"\d{4,}")
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -57,8 +57,9 @@ def asked(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def normal_words(text: str) -> list[str]:
-    """Words without case and punctuation; digits become 0, so that order numbers do not tell prompts apart."""
-    return [_DIGITS.sub("0", word) for word in _WORD.findall(text.casefold())]
+    """Words without case and punctuation. Numbers of four digits and more count as one: an order number or a date does
+    not make another question of it, while in "12 times 7" the numbers are what is asked."""
+    return [_IDENTIFIER.sub("0000", word) for word in _WORD.findall(text.casefold())]
 
 
 class DistinctPrompts:

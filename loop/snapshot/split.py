@@ -11,6 +11,7 @@ units, so a new split.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import blake2b
 
 import numpy as np
@@ -32,8 +33,15 @@ _ROWS_A_TRANSACTION = 2_000
 
 def unit_of(salt: str, kind: str, name: str) -> int:
     """The 64-bit number of a rater, a conversation or a prompt, never 0 (which stands for none)."""
-    digest = blake2b(f"{kind}\0{name}".encode(), key=blake2b(salt.encode()).digest(), digest_size=8).digest()
-    return int.from_bytes(digest) or 1
+    hashed = _salted(salt, kind).copy()
+    hashed.update(name.encode())
+    return int.from_bytes(hashed.digest()) or 1
+
+
+@cache
+def _salted(salt: str, kind: str) -> blake2b:
+    """A hash that has taken in salt and kind; copying it is cheaper than beginning anew a few times a row."""
+    return blake2b(f"{kind}\0".encode(), key=blake2b(salt.encode()).digest(), digest_size=8)
 
 
 @dataclass(frozen=True)

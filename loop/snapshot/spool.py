@@ -1,6 +1,6 @@
 """Rows on the way through curation: their bodies in a temporary file, of each only a few numbers in memory.
 
-So a snapshot takes about 100 bytes of memory a row, not the row; and curation, split and caps are array operations.
+So a snapshot takes a few hundred bytes of memory a row, not the row; curation, split and caps are array operations.
 """
 
 from __future__ import annotations

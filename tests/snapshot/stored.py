@@ -21,7 +21,7 @@ def example(number: int, **changes: Any) -> dict[str, Any]:
     """An example's fields; the defaults are a served, up-voted answer of its own rater, conversation and prompt."""
     fields: dict[str, Any] = {
         "number": number,
-        "messages": [{"role": "user", "content": f"What does article {_letters(number)} cost with postage today?"}],
+        "messages": [{"role": "user", "content": f"What does article {number} cost with postage today?"}],
         "answer": f"It costs {number} crowns.",
         "prompt_ids": [1, 2, 3, number % 50],
         "completion_ids": [4, 5, number % 50],
@@ -76,8 +76,3 @@ def _stored(fields: dict[str, Any]) -> dict[str, Any]:
         "voted_at_ms": NOW_MS,
         "body": encode(body, event_id=response_id, key=response_id[9:25], source="test", now_ms=NOW_MS),
     }
-
-
-def _letters(number: int) -> str:
-    """A word for each number: digits would make all prompts one cluster."""
-    return "".join(chr(ord("a") + int(digit)) for digit in str(number))

@@ -86,7 +86,8 @@ def test_short_turns_take_earlier_ones_along() -> None:
 
 
 def test_order_numbers_case_and_punctuation_do_not_tell_prompts_apart() -> None:
-    assert normal_words("Where is order A-4711?") == normal_words("where is order a-0099")
+    assert normal_words("Where is order A-4711?") == normal_words("where is order a-20260099")
+    assert normal_words("What is 12 times 7?") != normal_words("What is 12 times 8?")
 
 
 def clusters_of(texts: list[list[str]], similarity: float) -> list[int]:
