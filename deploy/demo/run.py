@@ -71,13 +71,15 @@ min_labels = 400
 
 [train]
 dir = "{dir}/adapters"
-learning_rate = 1e-3
-num_train_epochs = 2
-per_device_train_batch_size = 16
+beta = 0.3
+learning_rate = 3e-3
+num_train_epochs = 3
+per_device_train_batch_size = 8
 
 [gate]
 benchmark_tasks = ["support_facts"]
 benchmark_dir = "{here}/benchmarks"
+max_length_ratio = 10  # a base that rambles may get much shorter
 probe_max_tokens = 120
 
 [rollout]
@@ -142,8 +144,16 @@ def start(demo: Demo) -> subprocess.Popen[bytes]:
     """`thumbwheel up`, once everything answers."""
     console.rule("1  vLLM, gateway, joiner, scheduler")
     command = [sys.executable, "-m", "services.cli", "up", "--settings", str(demo.settings_path)]
-    # Engine and trainer share the cores: a thread that waits for its siblings must sleep, not spin.
-    command = ["env", "VLLM_CPU_KVCACHE_SPACE=1", "OMP_WAIT_POLICY=PASSIVE", *command, "--logs", str(demo.dir / "logs")]
+    # Engine and trainer share the cores: threads that spin while they wait for their siblings would stop both.
+    command = [
+        "env",
+        "VLLM_CPU_KVCACHE_SPACE=1",
+        "OMP_WAIT_POLICY=PASSIVE",
+        "OMP_NUM_THREADS=1",
+        *command,
+        "--logs",
+        str(demo.dir / "logs"),
+    ]
     service = subprocess.Popen(command)
     urls = [demo.settings.engine.urls[0] + "/health", demo.base_url.removesuffix("/v1") + "/healthz"]
     deadline = time.monotonic() + 300
