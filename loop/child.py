@@ -13,7 +13,8 @@ import threading
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not through sys.stdin, whose lock a thread must not hold when the interpreter ends
+        pass
     os._exit(1)
 
 
