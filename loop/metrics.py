@@ -59,11 +59,15 @@ gate_value = Gauge("thumbwheel_gate_check_value", "Value of each check of the la
 gate_verdicts = Counter("thumbwheel_gate_verdicts", "Verdicts of gates.", ["verdict"])
 
 # Scheduler: the rollout
-rollout_live_version = Gauge("thumbwheel_rollout_live_version", "Number of the live version, 0 for the base.", ["alias"])
+rollout_live_version = Gauge(
+    "thumbwheel_rollout_live_version", "Number of the live version, 0 for the base.", ["alias"]
+)
 rollout_canary_share = Gauge("thumbwheel_rollout_canary_share_ratio", "Share of the traffic on the canary.", ["alias"])
 rollout_thumbs_up_share = Gauge("thumbwheel_rollout_thumbs_up_share_ratio", "Thumbs up of all thumbs.", ["arm"])
 rollout_votes = Gauge("thumbwheel_rollout_votes", "Thumbs since the route was set.", ["arm"])
-rollout_e_value = Gauge("thumbwheel_rollout_e_value", "Evidence that the new adapter is worse; 1 / alpha rolls it back.")
+rollout_e_value = Gauge(
+    "thumbwheel_rollout_e_value", "Evidence that the new adapter is worse; 1 / alpha rolls it back."
+)
 rollout_swaps = Counter("thumbwheel_rollout_swaps", "Route changes, by kind.", ["kind"])
 rollout_swap_seconds = Histogram("thumbwheel_rollout_swap_seconds", "Time of a swap, loading included.")
 rollout_reloads = Counter("thumbwheel_rollout_reloads", "Adapters loaded again into an engine that had lost them.")

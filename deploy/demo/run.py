@@ -79,7 +79,8 @@ per_device_train_batch_size = 8
 [gate]
 benchmark_tasks = ["support_facts"]
 benchmark_dir = "{here}/benchmarks"
-max_length_ratio = 10  # a base that rambles may get much shorter
+max_length_ratio = 10  # a base that rambles may get much shorter,
+max_kl_to_base = 60  # and is then far from what it said: nats summed over rambling answers of 55 tokens
 probe_max_tokens = 120
 
 [rollout]
