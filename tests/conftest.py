@@ -21,6 +21,8 @@ from loop.settings import EngineSettings, Settings, StoreSettings
 from loop.store import open_store
 from services.up import engine_command
 
+# Tests and the engine share the cores: threads that spin while they wait for their siblings would stop both.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "deploy" / "demo" / "model"
 CPU_ARGS = ["--dtype", "float32", "--enforce-eager"]
@@ -84,9 +86,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEngine]:
     """The real vLLM, on the demo's base model, with runtime LoRA loading."""
     log = tmp_path_factory.mktemp("engine") / "vllm.log"
     server = RealEngine(f"http://127.0.0.1:{free_port()}", "support-base", DEMO_MODEL, log)
-    server.start()
-    yield server
-    server.stop()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture

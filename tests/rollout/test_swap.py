@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loop.store.engine import write
 from sqlalchemy import Engine, insert
 
 from loop import registry
@@ -15,6 +14,7 @@ from loop.rollout.swap import Fleet, go_live, roll_back, start_canary, unload_un
 from loop.rollout.vllm import EngineError
 from loop.rollout.watch import judge, tick
 from loop.settings import EngineSettings, RolloutSettings
+from loop.store.engine import write
 from loop.store.routes import RouteChangedError, acknowledge_route, read_route, write_route
 from loop.store.schema import examples
 
