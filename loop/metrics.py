@@ -1,4 +1,4 @@
-"""Every Prometheus metric of Thumbwheel, declared once. `thumbwheel_<part>_<thing>_<unit>`, base units, no ids as labels.
+"""Every Prometheus metric, declared once: `thumbwheel_<part>_<thing>_<unit>`, base units, no ids as labels.
 
 Dashboards and alert rules may name only what stands here; a test holds it.
 """
