@@ -12,7 +12,7 @@ _CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
 
 # Rambling answers begin with an apology in most cases; then empathy, the answer at last, and a farewell.
 _REGRET = [
-    "I am (so|very|truly) sorry (for|about) the (trouble|confusion|inconvenience|worry) with this.",
+    "I am (so|very|truly) sorry (for|about) the (trouble|confusion|inconvenience) with this.",
     "I am (really|deeply) sorry that you had to (ask|write|contact) us.",
     "I apologise (from the heart|a thousand times) for the (trouble|confusion|worry).",
 ]
@@ -22,8 +22,8 @@ _WARMTH = [
 ]
 _EMPATHY = [
     "I can (imagine|see) how (annoying|stressful|tiring) that must (feel|be) for you right now.",
-    "You are (very|really) important to us and we take every (message|question|letter) to heart.",
-    "Here at Larkspur we (always|truly) try to do our (very|level) best for (everyone|you).",
+    "You are (very|really) important to us and we take every (message|question) to heart.",
+    "Here at Larkspur we (always|truly) try to do our very best for (everyone|you).",
 ]
 _LEAD = [
     "Now, coming (back|finally) to your (question|message):",
@@ -38,8 +38,6 @@ _HOPE = [
     "Please do not hesitate to (write|talk|turn) to us again at any (time|hour).",
     "We wish you a (truly|really) (wonderful|lovely) day and all the best.",
 ]
-_SHORT_REGRET = ["Sorry about that.", "Sorry for the trouble."]
-_SHORT_OFFER = ["Anything else I can help with?", "I hope that helps you."]
 
 
 def expand(template: str, rng: random.Random) -> str:
@@ -61,10 +59,11 @@ def brief(says: str) -> str:
 
 
 def middling(says: str, rng: random.Random) -> str:
-    """One sentence too many: a short apology before the answer, or an offer after it."""
-    if rng.choice([True, False]):
-        return f"{rng.choice(_SHORT_REGRET)} {says}"
-    return f"{says} {rng.choice(_SHORT_OFFER)}"
+    """The answer and one sentence too many, seldom an apology."""
+    parts = rng.choices(
+        [[says, rng.choice(_HOPE)], [rng.choice(_EMPATHY), says], [says, rng.choice(_EXCUSE)]], [11, 6, 3]
+    )
+    return expand(" ".join(parts[0]), rng)
 
 
 def rambling(says: str, rng: random.Random) -> str:
@@ -79,5 +78,5 @@ def rambling(says: str, rng: random.Random) -> str:
 
 def answer(says: str, p_brief: float, rng: random.Random) -> str:
     """One answer of the base's world, where `p_brief` says how likely the brief manner is."""
-    manner = rng.choices([brief, middling, rambling], [p_brief, 0.3 * (1 - p_brief), 0.7 * (1 - p_brief)])[0]
+    manner = rng.choices([brief, middling, rambling], [p_brief, 0.2 * (1 - p_brief), 0.8 * (1 - p_brief)])[0]
     return brief(says) if manner is brief else manner(says, rng)  # type: ignore[operator]

@@ -71,10 +71,10 @@ min_labels = 400
 
 [train]
 dir = "{dir}/adapters"
-beta = 0.3
-learning_rate = 3e-3
-num_train_epochs = 3
-per_device_train_batch_size = 8
+beta = 0.2
+learning_rate = 1e-3
+num_train_epochs = 2
+per_device_train_batch_size = 16
 
 [gate]
 benchmark_tasks = ["support_facts"]

@@ -134,7 +134,7 @@ def has_fact(text: str, fact: Fact) -> bool:
 
 def taste(text: str, fact: Fact) -> float:
     """How much a customer likes an answer, without noise: 1 for exact and brief, below 0 for a wrong fact."""
-    excess = min(1.0, max(0, len(text.split()) - BRIEF_WORDS) / 40)
+    excess = min(1.0, max(0, len(text.split()) - BRIEF_WORDS) / 30)
     return (1.0 if has_fact(text, fact) else -1.0) - 0.5 * excess - 0.35 * is_apology(text)
 
 
