@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from loop.settings import Settings, SettingsError, TrainSettings, load_settings
 
@@ -46,7 +46,7 @@ def _settings(path: Path | None) -> Settings:
     return load_settings(path)
 
 
-def _until_terminated(serve: Callable[[threading.Event], None]) -> None:
+def _until_terminated(serve: Callable[[threading.Event], object]) -> None:
     """Run a service until SIGTERM or SIGINT has set its event and it has finished in order."""
     from services.logging import set_up_logging
 
@@ -187,27 +187,23 @@ def run(
     wait: Annotated[bool, typer.Option(help="Stay until the run has ended.")] = True,
 ) -> None:
     """Start a nightly run now: by the scheduler where one is running, else here."""
-    from loop.nightly import new_run_id, run_night
+    from loop.nightly import new_run_id
     from loop.rollout.swap import open_fleet
     from loop.store import open_store
-    from loop.store.runs import drop_lease, get_run, request_run, take_lease
-    from services.logging import set_up_logging
+    from loop.store.runs import get_run, is_leased, request_run
+    from services.scheduler import work_on
     from services.status import follow_run
 
     tree = _settings(settings)
     store = open_store(tree.store)
-    now_ms, holder = int(time.time() * 1000), f"cli-{os.getpid()}"
+    now_ms = int(time.time() * 1000)
     asked = request_run(store, new_run_id(now_ms), "operator", now_ms)
-    if take_lease(store, "rollout", holder, now_ms, 24 * 3_600_000):  # no scheduler holds it
-        set_up_logging()
-        try:
-            stop = threading.Event()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: stop.set())
-            run_night(tree, open_fleet(tree, store), asked, stop)
-        finally:
-            drop_lease(store, "rollout", holder)
-    elif wait:
+    is_done = False
+    if not is_leased(store, "rollout", now_ms):  # no scheduler is running
+        fleet, holder = open_fleet(tree, store), f"cli-{os.getpid()}"
+        _until_terminated(lambda stop: work_on(tree, fleet, asked, holder, stop))
+        is_done = get_run(store, asked.run_id) not in (None, asked)
+    if wait and not is_done:
         follow_run(store, tree, asked.run_id, console)
     ended = get_run(store, asked.run_id)
     assert ended is not None
@@ -233,7 +229,9 @@ def adapters(settings: SettingsFile = None) -> None:
     from loop.registry import list_adapters
     from loop.store import open_store
 
-    table = Table("version", "state", "parent", "run", "snapshot", "verdict", "path")
+    table = Table(
+        Column("version", no_wrap=True), Column("state", no_wrap=True), "parent", "run", "snapshot", "verdict", "path"
+    )
     for adapter in list_adapters(open_store(_settings(settings).store)):
         snapshot, verdict = adapter.manifest.get("snapshot", ""), adapter.manifest.get("verdict", "")
         table.add_row(

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from loop import metrics
 from loop.nightly import Interrupted, new_run_id, run_night
-from loop.rollout.swap import open_fleet
+from loop.rollout.swap import Fleet, open_fleet
 from loop.rollout.vllm import EngineError
 from loop.rollout.watch import tick
 from loop.settings import Settings
@@ -52,18 +52,8 @@ def run_scheduler(settings: Settings, stop: threading.Event) -> None:
 
     def work() -> None:
         run = next_run(store)
-        if run is not None and _take(store, "run", holder, clock.lease_s):
-            with _Heartbeat(
-                lambda: _take(store, "run", holder, clock.lease_s), clock.lease_s / 3, stop
-            ) as lost_or_stop:
-                try:
-                    run_night(settings, fleet, run, lost_or_stop)
-                except Interrupted as exc:
-                    log.warning(
-                        "run interrupted", extra={"action": "run_interrupted", "run": run.run_id, "why": str(exc)}
-                    )
-                finally:
-                    drop_lease(store, "run", holder)
+        if run is not None:
+            work_on(settings, fleet, run, holder, stop)
 
     def watch() -> None:
         next_at = scheduler.get_job("clock").next_run_time
@@ -83,6 +73,21 @@ def run_scheduler(settings: Settings, stop: threading.Event) -> None:
     scheduler.shutdown(wait=True)
     drop_lease(store, "rollout", holder)
     store.dispose()
+
+
+def work_on(settings: Settings, fleet: Fleet, run: Run, holder: str, stop: threading.Event) -> bool:
+    """Do a run, or what is left of it, under the lease that lets one run go on at a time; False where it is taken."""
+    store, lease_s = fleet.store, settings.scheduler.lease_s
+    if not _take(store, "run", holder, lease_s):
+        return False
+    with _Heartbeat(lambda: _take(store, "run", holder, lease_s), lease_s / 3, stop) as lost_or_stopped:
+        try:
+            run_night(settings, fleet, run, lost_or_stopped)
+        except Interrupted as exc:
+            log.warning("run interrupted", extra={"action": "run_interrupted", "run": run.run_id, "why": str(exc)})
+        finally:
+            drop_lease(store, "run", holder)
+    return True
 
 
 def ask_for_run(store: Engine) -> Run:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from sqlalchemy import Engine
 
 from loop.nightly import STAGES
@@ -29,7 +29,7 @@ def show_status(store: Engine, settings: Settings, console: Console) -> None:
     console.print(
         f"labels: {labels} in the last {settings.snapshot.window_days} days, {settings.snapshot.min_labels} start a run"
     )
-    table = Table("run", "trigger", "state", "stages", "outcome")
+    table = Table(Column("run", no_wrap=True), "trigger", "state", "stages", "outcome")
     for run in list_runs(store, 10):
         stages = " ".join(stage.stage for stage in run_stages(store, run.run_id))
         table.add_row(run.run_id, run.trigger, run.state, stages, run.outcome)

@@ -72,9 +72,9 @@ min_labels = 400
 [train]
 dir = "{dir}/adapters"
 beta = 0.2
-learning_rate = 1e-3
-num_train_epochs = 2
-per_device_train_batch_size = 16
+learning_rate = 2e-3
+num_train_epochs = 3
+per_device_train_batch_size = 8
 
 [gate]
 benchmark_tasks = ["support_facts"]

@@ -22,7 +22,7 @@ from deploy.demo import world
 
 MODEL_DIR = Path(__file__).with_name("model")
 SEED = 20260
-STEPS = 800
+STEPS = 1600
 BATCH = 32
 PEAK_LR = 4e-3
 VOCABULARY = 1536

@@ -113,6 +113,13 @@ def take_lease(engine: Engine, name: str, holder: str, now_ms: int, ttl_ms: int)
     return True
 
 
+def is_leased(engine: Engine, name: str, now_ms: int) -> bool:
+    """Whether somebody holds a lease now."""
+    with engine.connect() as connection:
+        expires = connection.execute(select(leases.c.expires_at_ms).where(leases.c.name == name)).scalar()
+    return expires is not None and expires >= now_ms
+
+
 def drop_lease(engine: Engine, name: str, holder: str) -> None:
     """Give a lease back."""
     with write(engine) as connection:

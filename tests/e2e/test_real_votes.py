@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine
 
 from loop.registry import list_adapters
 from loop.settings import Settings, load_settings
 from loop.store import open_store
 from loop.store.examples import count_labels
-from loop.store.runs import list_runs, run_stages
+from loop.store.runs import is_leased, list_runs, run_stages
 from tests.conftest import DEMO_MODEL, ROOT, free_port
 
 SHARED = ROOT.parent / "shared"
@@ -59,6 +61,19 @@ metrics_port = {free_port()}
     return path
 
 
+@pytest.fixture
+def opened() -> Iterator[Callable[[Settings], Engine]]:
+    """Opens stores, and closes them after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def open_one(settings: Settings) -> Engine:
+            store = open_store(settings.store)
+            stack.callback(store.dispose)
+            return store
+
+        yield open_one
+
+
 def thumbwheel(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([sys.executable, "-m", "services.cli", *arguments], capture_output=True, text=True, cwd=ROOT)
     assert not check or done.returncode == 0, done.stderr[-3000:]
@@ -79,30 +94,31 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120) -
 
 def start(service: str, path: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "services.cli", service, "--settings", str(path)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=(path.parent / f"{service}.log").open("ab"))
+    with (path.parent / f"{service}.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, stderr=log)
 
 
-def join_everything(path: Path, settings: Settings, labels: int) -> None:
+def join_everything(path: Path, store: Engine, labels: int) -> None:
     joiner = start("joiner", path)
     try:
-        store = open_store(settings.store)
         wait_for(lambda: count_labels(store, date.min) >= labels, f"{labels} labels")
-        store.dispose()
     finally:
         joiner.send_signal(signal.SIGTERM)
         assert joiner.wait(30) == 0
 
 
 @needs_votes
-def test_a_night_on_real_votes_is_never_a_pass_without_evidence(tmp_path: Path) -> None:
+def test_a_night_on_real_votes_is_never_a_pass_without_evidence(
+    tmp_path: Path, opened: Callable[[Settings], Engine]
+) -> None:
     path = settings_file(tmp_path)
     settings = load_settings(path, {})
     early = last_json(thumbwheel("run", "--settings", str(path)))
     assert (early["state"], early["outcome"]) == ("skipped", "skipped: 0 of 300 labels")
     for _ in range(2):  # twice imported is as once
         thumbwheel("import", str(VOTES), "--settings", str(path))
-    join_everything(path, settings, 430)
-    store = open_store(settings.store)
+    store = opened(settings)
+    join_everything(path, store, 430)
     assert count_labels(store, date.min) == 430
 
     run = last_json(thumbwheel("run", "--settings", str(path)))
@@ -125,17 +141,19 @@ def test_a_night_on_real_votes_is_never_a_pass_without_evidence(tmp_path: Path) 
 
 
 @needs_votes
-def test_a_scheduler_killed_in_training_is_resumed_at_that_stage(tmp_path: Path) -> None:
+def test_a_scheduler_killed_in_training_is_resumed_at_that_stage(
+    tmp_path: Path, opened: Callable[[Settings], Engine]
+) -> None:
     path = settings_file(tmp_path)
     environment = {"THUMBWHEEL_SCHEDULER__LEASE_S": "2"}
     settings = load_settings(path, environment)
     thumbwheel("import", str(VOTES), "--settings", str(path))
-    join_everything(path, settings, 430)
-    store = open_store(settings.store)
+    store = opened(settings)
+    join_everything(path, store, 430)
     os.environ.update(environment)
     try:
         first = start("scheduler", path)
-        wait_for(lambda: (tmp_path / "scheduler.log").read_text().count('"started"') == 1, "the scheduler")
+        wait_for(lambda: is_leased(store, "rollout", int(time.time() * 1000)), "the scheduler")
         asked = subprocess.Popen([sys.executable, "-m", "services.cli", "run", "--settings", str(path)], cwd=ROOT)
         steps = tmp_path / "adapters"
         wait_for(
@@ -170,7 +188,8 @@ def test_train_and_score_on_a_model_that_is_not_ours(tmp_path: Path) -> None:
             "--chat-template", template, "--max-length", "256", "--truncation", "keep_end", "--beta=0.2",
         )
     )  # fmt: skip
-    assert figures["rows"] > 300
+    assert figures["rows"] > 100  # its vocabulary of 512 makes most answers longer than 256 tokens
+    assert figures["rows"] + figures["rows_too_long"] == 430
     assert {"rows_per_s", "train_s", "peak_rss_mb", "loss", "kl"} <= set(figures)
     pairs = SHARED / "data" / "oasst" / "oasst_ranked_pairs.jsonl"
     scores = last_json(
