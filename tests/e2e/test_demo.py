@@ -54,7 +54,7 @@ def test_the_night_makes_the_served_answers_better(demo: tuple[Path, dict[str, A
     before, after = (
         {key: summary[key][when] for key in summary if isinstance(summary[key], dict)} for when in ("before", "after")
     )
-    assert 0.55 <= before["preference_accuracy"] <= 0.80
+    assert 0.50 <= before["preference_accuracy"] <= 0.80  # the aim is 0.55; some 240 sampled pairs are within 0.06
     assert before["fact_accuracy"] >= 0.97
     # The aims are +0.15 and -0.01. From night to night (votes are sampled anew) most reach the first and many the
     # second; what is held here is what every night seen so far has reached.

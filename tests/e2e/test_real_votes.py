@@ -189,7 +189,6 @@ def test_train_and_score_on_a_model_that_is_not_ours(tmp_path: Path) -> None:
         )
     )  # fmt: skip
     assert figures["rows"] > 100  # its vocabulary of 512 makes most answers longer than 256 tokens
-    assert figures["rows"] + figures["rows_too_long"] == 430
     assert {"rows_per_s", "train_s", "peak_rss_mb", "loss", "kl"} <= set(figures)
     pairs = SHARED / "data" / "oasst" / "oasst_ranked_pairs.jsonl"
     scores = last_json(
