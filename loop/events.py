@@ -7,6 +7,7 @@ producers and newer versions are read; additions need a default. Pure: no I/O, a
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import re
 import uuid
@@ -195,6 +196,13 @@ def key_of_response_id(response_id: str) -> str:
             f"response_id {response_id[:120]!r} was not minted by a gateway; expected chatcmpl-<16 hex>-<uuid>"
         )
     return match.group(1)
+
+
+def hash_rater(salt: bytes, rater: str) -> str:
+    """The keyed hash under which a rater is stored; empty stays empty (the response's one anonymous rater)."""
+    return (
+        hmac.digest(salt, rater.encode(), "sha256").hex()[:32] if rater else ""
+    )  # 128 bits: no two raters meet by chance
 
 
 def uuid7(now_ms: int) -> str:

@@ -11,7 +11,6 @@ file with a bad row, nothing is imported.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from uuid import UUID
 from rich.console import Console
 from rich.progress import track
 
-from loop.events import Choice, FeedbackGiven, HybridClock, ResponseLogged, encode, key_of_message_id
+from loop.events import Choice, FeedbackGiven, HybridClock, ResponseLogged, encode, hash_rater, key_of_message_id
 from loop.log import NewRecord
 from loop.log.open import open_log
 from loop.settings import Settings
@@ -169,7 +168,7 @@ def _check(row: Any, where: str, salt: bytes) -> ImportedRow:
         label=label,
         # Turns of one conversation share its beginning.
         conversation_id=conversation_id or _digest(_first_turn(messages) if messages else prompt)[:32],
-        rater=hmac.digest(salt, rater.encode(), "sha256").hex()[:32] if rater else "",
+        rater=hash_rater(salt, rater or ""),
         extra={name: value for name, value in row.items() if name not in _NAMED},
     )
 

@@ -151,7 +151,7 @@ def _wait_until_ready(settings: Settings, running: list[Child], stop: threading.
                 if child.is_dead():
                     console.print(f"[red]{child.name} ended while starting, see {child.log_path}")
                     return False
-            checks = {name: url for name, url in checks.items() if not _answers(url)}
+            checks = {name: url for name, url in checks.items() if not answers(url)}
             status.update(f"waiting for {', '.join(checks)}")
             if time.monotonic() > deadline:
                 console.print(f"[red]{', '.join(checks)} did not answer within {ENGINE_START_S:.0f} s, see the logs")
@@ -159,7 +159,8 @@ def _wait_until_ready(settings: Settings, running: list[Child], stop: threading.
     return not stop.is_set()
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a GET of `url` succeeds now."""
     try:
         with urllib.request.urlopen(url, timeout=2):
             return True

@@ -16,8 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -36,6 +34,7 @@ from loop.store.routes import read_route
 from loop.store.runs import Run, get_run
 from services.scheduler import ask_for_run
 from services.status import follow_run
+from services.up import answers
 
 console = Console()
 HERE = Path(__file__).parent
@@ -162,7 +161,7 @@ def start(demo: Demo) -> subprocess.Popen[bytes]:
         if service.poll() is not None or time.monotonic() > deadline:
             stop(service)
             raise SystemExit(f"the services did not start; see {demo.dir}/logs")
-        urls = [url for url in urls if not _answers(url)]
+        urls = [url for url in urls if not answers(url)]
         time.sleep(0.2)
     return service
 
@@ -285,14 +284,6 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 if __name__ == "__main__":

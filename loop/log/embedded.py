@@ -190,7 +190,8 @@ class EmbeddedLog:
         slots = [slot for (slot,) in connection.execute(query, (topic,)).fetchall()]
         if not slots:
             rows = [(topic, partition) for partition in range(self.partitions)]
-            connection.executemany("INSERT INTO slots (topic, partition, next) VALUES (?, ?, 0)", rows)
+            # Another connection may make the topic at the same moment: the same rows, so either one will do.
+            connection.executemany("INSERT OR IGNORE INTO slots (topic, partition, next) VALUES (?, ?, 0)", rows)
             slots = [slot for (slot,) in connection.execute(query, (topic,)).fetchall()]
             if connection.in_transaction:
                 return slots  # not remembered: this transaction may still be rolled back

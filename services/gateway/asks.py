@@ -14,8 +14,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Raw
 
+from loop.events import hash_rater
 from services.gateway.errors import Refusal
-from services.gateway.identity import hash_rater
 
 Endpoint = Literal["chat", "completions"]
 

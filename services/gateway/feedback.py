@@ -17,11 +17,10 @@ from aiohttp import web
 from msgspec import Meta
 
 from loop import metrics
-from loop.events import FeedbackGiven, FeedbackValue, encode, key_of_message_id, key_of_response_id, uuid7
+from loop.events import FeedbackGiven, FeedbackValue, encode, hash_rater, key_of_message_id, key_of_response_id, uuid7
 from loop.log import NewRecord
 from services.gateway.asks import MAX_ID_CHARS
 from services.gateway.errors import Refusal, read_body
-from services.gateway.identity import hash_rater
 from services.gateway.parts import PARTS, Parts
 from services.gateway.relay import FEEDBACK_TOKEN
 

@@ -11,7 +11,6 @@ from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_HASH_HEX = 32  # 128 bits: no two raters meet by chance
 _EXPECTED = "send X-Thumbwheel-Feedback-Token as it came with the response"
 
 
@@ -20,11 +19,6 @@ class Claim(NamedTuple):
 
     response_id: str
     rater: str
-
-
-def hash_rater(salt: bytes, rater: str) -> str:
-    """The keyed hash under which a rater is stored; empty stays empty (the response's one anonymous rater)."""
-    return hmac.digest(salt, rater.encode(), "sha256").hex()[:_HASH_HEX] if rater else ""
 
 
 def is_key_known(keys: Iterable[bytes], authorization: str | None) -> bool:

@@ -10,9 +10,8 @@ import aiohttp
 import pytest
 from prometheus_client import REGISTRY
 
-from loop.events import ResponseLogged, key_of_message_id, key_of_response_id
+from loop.events import ResponseLogged, hash_rater, key_of_message_id, key_of_response_id
 from loop.log import LogUnavailableError
-from services.gateway.identity import hash_rater
 from tests.gateway.conftest import HELLO, Gateway, StartGateway
 from tests.stub_engine import StubEngine
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loop.events import key_of_message_id
-from services.gateway.identity import Claim, TokenSigner, hash_rater
+from loop.events import hash_rater, key_of_message_id
+from services.gateway.identity import Claim, TokenSigner
 from tests.gateway.conftest import Gateway, StartGateway
 
 RESPONSE_ID = "chatcmpl-0123456789abcdef-01890000-0000-7000-8000-000000000000"
