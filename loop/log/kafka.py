@@ -149,6 +149,10 @@ class KafkaGroupConsumer:
         brokers are away. Raises LogUnavailableError.
         """
         with translated(self._servers):
+            # kafka-python 3.0.12 forgets a rejoin that new metadata began when it outlasts one poll: as the leader has
+            # assigned by that metadata, it takes itself for joined and stays without partitions or heartbeat for ever.
+            if self._consumer._coordinator.rejoining:
+                self._consumer._coordinator.request_rejoin()
             polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
         return [
             Record(

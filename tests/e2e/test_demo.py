@@ -93,14 +93,17 @@ def flip_votes(honest: Path, flipped: Path) -> None:
 
 
 @pytest.fixture
-def flipped(demo: tuple[Path, dict[str, Any]], settings: Settings, engine: RealEngine, tmp_path: Path) -> Path:
+def flipped(
+    demo: tuple[Path, dict[str, Any]], settings: Settings, engine: RealEngine, tmp_path: Path
+) -> Iterator[Path]:
     """An adapter trained as the demo's was, on the same votes turned around, and loaded into the engine."""
     (snapshot,) = (demo[0] / "snapshots").iterdir()
     flip_votes(snapshot / "train.parquet", tmp_path / "train.parquet")
     adapter = tmp_path / "adapter"
     train(settings.train, tmp_path / "train.parquet", settings.engine.model, adapter)
     Replica(engine.url).load("support@flipped", adapter)
-    return adapter
+    yield adapter
+    Replica(engine.url).unload("support@flipped")
 
 
 def test_flipped_votes_make_it_worse_and_the_gate_refuses(

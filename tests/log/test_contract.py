@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,3 +157,30 @@ def test_a_committed_offset_does_not_say_where_to_read(log: EventLog, settings: 
         consumer.seek(settings.responses_topic, partition, 0)
     assert len(read_until(consumer, lambda read: len(read) >= 30)) == 30
     consumer.close()
+
+
+def test_a_rejoin_that_outlasts_a_poll_is_finished_by_the_next_ones(kafka: Any) -> None:
+    """New metadata makes a member rejoin; kafka-python forgets about it when the poll ends before the join does."""
+    settings = kafka.settings()
+    log = open_log(settings)
+    consumer = log.consumer("readers", [settings.responses_topic])
+    fill(log, settings.responses_topic, 10)
+    read_until(consumer, lambda read: len(read) >= 10)
+    coordinator = consumer._consumer._coordinator  # type: ignore[attr-defined]
+    coordinator._assignment_snapshot = {}
+    kafka.process.send_signal(signal.SIGSTOP)
+    try:
+        consumer.poll(10, 0.2)
+        assert coordinator.rejoining
+    finally:
+        kafka.process.send_signal(signal.SIGCONT)
+    deadline = time.monotonic() + 20
+    while coordinator.rejoining:
+        assert time.monotonic() < deadline, "the member takes itself for joined, without heartbeats"
+        time.sleep(0.1)  # the join ends between two polls
+        consumer.poll(10, 0.05)
+    assert coordinator.stable()
+    assert consumer.assigned() == set(range(settings.partitions))
+    consumer.close()
+    log.close()
+    gc.collect()
