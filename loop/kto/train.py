@@ -97,7 +97,8 @@ def train(
 
         # --- the loop
         for step in range(state["step"], steps):
-            if is_late := time.monotonic() - started > settings.deadline_s:
+            is_late = time.monotonic() - started > settings.deadline_s
+            if is_late and step:  # after one step at least: what has learned nothing is not an adapter
                 logger.warning("deadline_s reached after %d of %d steps", step, steps, extra={"action": "deadline"})
                 break
             epoch, place = divmod(step, len(all_groups))

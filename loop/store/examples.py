@@ -71,16 +71,6 @@ def count_labels(engine: Engine, since_day: date) -> int:
         return int(connection.execute(query).scalar_one())
 
 
-def votes_by_adapter(engine: Engine, adapter: str, since_ms: int) -> tuple[int, int]:
-    """Votes (up, down) that stand on what `adapter` served, of examples last voted on since `since_ms`."""
-    query = select(func.coalesce(func.sum(examples.c.up), 0), func.coalesce(func.sum(examples.c.down), 0)).where(
-        examples.c.adapter == adapter, examples.c.voted_at_ms >= since_ms
-    )
-    with engine.connect() as connection:
-        up, down = connection.execute(query).one()
-    return int(up), int(down)
-
-
 def _example(row: Row[*tuple[Any, ...]]) -> Example:
     values = row._asdict()
     return Example(event=bytes(values.pop("body")), **values)

@@ -19,7 +19,7 @@ from loop.log import NewRecord, Record
 from loop.settings import StoreSettings
 from loop.store import open_store, write
 from loop.store.dead_letters import send_dead_letters
-from loop.store.examples import count_labels, stream_examples, votes_by_adapter
+from loop.store.examples import count_labels, stream_examples
 from loop.store.joining import PositionMovedError, apply, count_pending, start_positions, turn, turn_back
 from loop.store.schema import dead_letters, metadata, positions, responses, votes
 from tests.join.oracle import Examples, examples_of
@@ -217,9 +217,6 @@ def test_examples_stream_in_one_order_and_are_counted(store: Engine) -> None:
     assert count_labels(store, date.min) == 24  # a tie is no label
     since = date(2025, 10, 10)
     assert count_labels(store, since) == sum(e.day >= since and e.up != e.down for e in found)
-    assert votes_by_adapter(store, "a@v000001", 0) == (20, 6)
-    assert votes_by_adapter(store, "a@v000001", START_MS + 1) == (0, 0)
-    assert votes_by_adapter(store, "another", 0) == (0, 0)
 
 
 @pytest.mark.parametrize("id", [ID, f"cmpl-{'0f' * 8}-{'0' * 36}"])
