@@ -24,10 +24,12 @@ _EMPATHY = [
     "I can (imagine|see) how (annoying|stressful|tiring) that must (feel|be) for you right now.",
     "You are (very|really) important to us and we take every (message|question) to heart.",
     "Here at Larkspur we (always|truly) try to do our very best for (everyone|you).",
+    "That must have been a (long|hard|confusing) (day|moment) for you, and we (feel|suffer) with you.",
 ]
 _LEAD = [
     "Now, coming (back|finally) to your (question|message):",
     "After (looking|checking), here is what I (found|see):",
+    "So, to (answer|address) what you (asked|wrote):",
 ]
 _EXCUSE = [
     "Once again, please forgive us for (any|all the) (trouble|worry|stress) this may have caused you.",

@@ -72,7 +72,7 @@ min_labels = 400
 dir = "{dir}/adapters"
 beta = 0.2
 learning_rate = 2e-3
-num_train_epochs = 3
+num_train_epochs = 2
 per_device_train_batch_size = 8
 
 [gate]
@@ -221,7 +221,7 @@ def _night(demo: Demo) -> tuple[Run, customers.Tally]:
         seed=1,
         customers=100_000,
         concurrency=4,
-        pause_s=1.0,
+        pause_s=2.0,
         stop=over,
         quiet=True,
     )
