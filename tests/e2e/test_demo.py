@@ -54,14 +54,12 @@ def test_the_night_makes_the_served_answers_better(demo: tuple[Path, dict[str, A
     before, after = (
         {key: summary[key][when] for key in summary if isinstance(summary[key], dict)} for when in ("before", "after")
     )
-    assert 0.50 <= before["preference_accuracy"] <= 0.80  # the aim is 0.55; some 240 sampled pairs are within 0.06
+    assert 0.55 <= before["preference_accuracy"] <= 0.80
     assert before["fact_accuracy"] >= 0.97
-    # The aims are +0.15 and -0.01. From night to night (votes are sampled anew) most reach the first and many the
-    # second; what is held here is what every night seen so far has reached.
-    assert after["preference_accuracy"] - before["preference_accuracy"] >= 0.10
+    assert after["preference_accuracy"] - before["preference_accuracy"] >= 0.15
     assert after["median_length_tokens"] <= (1 - 0.38) * before["median_length_tokens"]
     assert after["apology_rate"] <= (1 - 0.61) * before["apology_rate"]
-    assert after["fact_accuracy"] >= before["fact_accuracy"] - 0.04
+    assert after["fact_accuracy"] >= before["fact_accuracy"] - 0.01
     assert after["thumbs_up_rate"] > before["thumbs_up_rate"]
 
 
@@ -117,7 +115,7 @@ def test_flipped_votes_make_it_worse_and_the_gate_refuses(
     pairs = demo[0] / "pairs.jsonl"
     base, worse = asyncio.run(served(engine.base_name)), asyncio.run(served("support@flipped"))
     assert measure.score_pairs(measure.MODEL_DIR, flipped, pairs) < demo[1]["preference_accuracy"]["before"]
-    assert worse["median_length_tokens"] >= base["median_length_tokens"]  # most answers ramble already
+    assert worse["median_length_tokens"] > base["median_length_tokens"]
     assert worse["apology_rate"] > base["apology_rate"]
     assert worse["thumbs_up_rate"] < base["thumbs_up_rate"]
 
