@@ -182,8 +182,8 @@ class TrainSettings(Section):
 
     dir: Path = Path("var/adapters")
     """Folder of the adapters."""
-    objective: Literal["kto"] = "kto"
-    """The loss."""
+    objective: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """The loss: KTO, or APO-zero for unpaired rows (KTO with z0 = 0: no mismatched passes, no pull to the base)."""
     beta: Annotated[float, Field(gt=0, le=10)] = 0.1
     """β of KTO: how far the policy may go from the reference."""
     desirable_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -232,6 +232,8 @@ class TrainSettings(Section):
     """Optimiser steps between two checkpoints."""
     report_to: Literal["none", "tensorboard"] = "none"
     """Where metrics go besides the run's own files."""
+    cache: Path | None = None
+    """Folder in which reference log-probs are kept across nights; none: every night computes all of them."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of data order, LoRA's initialisation and dropout."""
     deadline_s: Seconds = 6 * 3600.0

@@ -70,6 +70,7 @@ min_labels = 400
 
 [train]
 dir = "{dir}/adapters"
+cache = "{dir}/cache"
 beta = 0.2
 learning_rate = 2e-3
 num_train_epochs = 2

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loop.kto.card import model_card
 from loop.kto.folders import make_empty, publish, write_json
 from loop.kto.progress import METRICS_LOG, TENSORBOARD
 
@@ -33,12 +34,13 @@ def write_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
 
 
 def publish_run(model: PeftModel, manifest: dict[str, Any], work: Path, out: Path) -> None:
-    """The adapter with its manifest, figures and logs as `out`, all at once; then the work folder goes."""
+    """The adapter with its card, manifest, figures and logs as `out`, all at once; then the work folder goes."""
     fresh = make_empty(work / "adapter")
     write_adapter(model, fresh, manifest["base"])
     shutil.copy(work / METRICS_LOG, fresh)
     if (work / TENSORBOARD).exists():
         shutil.copytree(work / TENSORBOARD, fresh / TENSORBOARD)
+    (fresh / "README.md").write_text(model_card(manifest))
     write_json(fresh / "metrics.json", manifest["metrics"])
     write_json(fresh / "manifest.json", manifest | {"versions": versions()})
     publish(fresh, out)

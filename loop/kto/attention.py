@@ -7,7 +7,8 @@ attention implementations. It has no entry in the table of masks, so models buil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AttentionInterface
 
 PACKED_ATTENTION = "thumbwheel_packed"
 KeysValues = tuple[Tensor, Tensor]  # each [1, key heads, tokens, head size]
+Range = tuple[int, int]  # tokens start:stop of a pack
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Segment:
 
     start: int
     stop: int
-    context: tuple[tuple[int, int], ...] = ()
-    """Ranges of earlier tokens, in the order of their positions; in this pack or in the one of `Layout.given`."""
+    context: tuple[Range, ...] = ()
+    """Earlier tokens, in the order of their positions, in this pack or `Layout.given`'s; a range is of one segment."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,22 @@ class Layout:
     """By layer, where this pass leaves its own keys and values, detached, for a later one."""
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     """Masks made so far; every layer needs the same few."""
+
+    def context(
+        self, segment: Segment, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> list[KeysValues]:
+        """Keys and values of a segment's context, range by range; `keys` and `values` are this pass's, by segment."""
+        if self.given is not None:
+            k, v = self.given[layer]
+            return [(k[:, :, start:stop], v[:, :, start:stop]) for start, stop in segment.context]
+        found = []
+        for start, stop in segment.context:
+            index = bisect_right(self.segments, start, key=lambda other: other.start) - 1
+            first = self.segments[index].start
+            found.append(
+                (keys[index][:, :, start - first : stop - first], values[index][:, :, start - first : stop - first])
+            )
+        return found
 
 
 def packed_attention(
@@ -63,15 +81,14 @@ def packed_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if layout.kept is not None:
         layout.kept[layer] = (key.detach(), value.detach())
-    context_keys, context_values = (key, value) if layout.given is None else layout.given[layer]
-    # One split and one concatenation: slices would each pad their gradient to the whole pack.
+    # One split and one concatenation: slices of the whole would each pad their gradient to the whole pack.
     lengths = [segment.stop - segment.start for segment in layout.segments]
-    by_segment = zip(layout.segments, *(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True)
+    queries, keys, values = (torch.split(x, lengths, 2) for x in (query, key, value))
     outputs = []
-    for segment, q, k, v in by_segment:
+    for segment, q, k, v in zip(layout.segments, queries, keys, values, strict=True):
         if segment.context:
-            k = torch.cat([*(context_keys[:, :, a:b] for a, b in segment.context), k], 2)
-            v = torch.cat([*(context_values[:, :, a:b] for a, b in segment.context), v], 2)
+            before = layout.context(segment, layer, keys, values)
+            k, v = torch.cat([*(own for own, _ in before), k], 2), torch.cat([*(own for _, own in before), v], 2)
         window = sliding_window if sliding_window is not None and sliding_window < k.shape[2] else None
         outputs.append(_attend(q, k, v, layout, scaling, window, softcap))
     return torch.cat(outputs, 2).transpose(1, 2), None

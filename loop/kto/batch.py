@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from loop.kto.cache import ReferenceCache
 from loop.kto.groups import Group
 from loop.kto.logps import score_all, sequence_sums, token_logps, token_logps_and_prefixes
 from loop.kto.pack import Prompted, Tokens, branch, pack
 from loop.kto.rows import Row
+
+ROWS_AT_A_TIME = 256  # of the reference pass: what a killed one loses
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Reference:
 
     matched: Tensor
     mismatched: Tensor
+    groups: Tensor  # [rows] the number of each row's group, which says what it is mismatched with
 
 
 def mismatched_completions(rows: Sequence[Row], groups: Sequence[Group], max_length: int) -> list[Tokens | None]:
@@ -38,32 +42,61 @@ def reference_logps(
     model: nn.Module,
     rows: Sequence[Row],
     mismatched: Sequence[Tokens | None],
+    cache: ReferenceCache,
     on_progress: Callable[[int], None] | None = None,
-) -> Reference:
-    """Both log-probs of every row in one pass that computes each prompt once; the adapter must be off.
+) -> tuple[Tensor, Tensor, int]:
+    """Log-probs of every row's completion and of its mismatched one, [rows] each, and how many the cache did not have.
 
-    Raises FloatingPointError with the ids of rows whose log-prob is not finite.
+    What is missing is computed (the adapter must be off) and put there; each prompt, and what prompts have in common,
+    once. Raises FloatingPointError with the ids of rows whose log-prob is not finite.
     """
-    scores = score_all(
-        model,
-        [
-            Prompted(row.prompt_ids, (row.completion_ids,) if other is None else (row.completion_ids, other))
-            for row, other in zip(rows, mismatched, strict=True)
-        ],
-        on_progress,
-    )
-    matched = torch.stack([score[0].sum() for score in scores])
-    other = torch.stack([score[1].sum() if len(score) > 1 else torch.tensor(torch.nan) for score in scores])
-    has_other = torch.tensor([completion is not None for completion in mismatched])
-    check_finite(matched, rows, "the reference's log-prob")
-    check_finite(other.where(has_other, 0.0), rows, "the reference's log-prob of a mismatched completion")
-    return Reference(matched, other)
+    order = sorted(range(len(rows)), key=lambda index: rows[index].prompt_ids)
+    found = torch.full((2, len(rows)), torch.nan)
+    computed = 0
+    for start in range(0, len(order), ROWS_AT_A_TIME):
+        part = order[start : start + ROWS_AT_A_TIME]
+        wanted = {
+            (index, place): cache.key(rows[index].prompt_ids, completion)
+            for index in part
+            for place, completion in enumerate((rows[index].completion_ids, mismatched[index]))
+            if completion is not None
+        }
+        known = cache.get(list(wanted.values()))
+        missing = [(index, place) for (index, place), key in wanted.items() if key not in known]
+        known |= _compute(model, rows, mismatched, missing, wanted)
+        cache.put({wanted[at]: known[wanted[at]] for at in missing})
+        for (index, place), key in wanted.items():
+            found[place, index] = known[key]
+        computed += len(missing)
+        if on_progress is not None:
+            on_progress(start + len(part))
+    return found[0], found[1], computed
+
+
+def _compute(
+    model: nn.Module,
+    rows: Sequence[Row],
+    mismatched: Sequence[Tokens | None],
+    missing: Sequence[tuple[int, int]],
+    keys: Mapping[tuple[int, int], bytes],
+) -> dict[bytes, float]:
+    by_row: dict[int, list[int]] = {}
+    for index, place in missing:
+        by_row.setdefault(index, []).append(place)
+    items = []
+    for index, places in by_row.items():
+        completions = (rows[index].completion_ids, mismatched[index])
+        items.append(Prompted(rows[index].prompt_ids, tuple(completions[place] or () for place in places)))
+    sums = [score.sum() for scores in score_all(model, items) for score in scores]
+    if sums:
+        check_finite(torch.stack(sums), [rows[index] for index, _ in missing], "the reference's log-prob")
+    return {keys[at]: float(value) for at, value in zip(missing, sums, strict=True)}
 
 
 def save_reference(reference: Reference, path: Path) -> None:
     """Whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file({"matched": reference.matched, "mismatched": reference.mismatched}, temporary)
+    save_file(vars(reference), temporary)
     temporary.replace(path)
 
 

@@ -47,7 +47,7 @@ def token_logps_and_prefixes(model: nn.Module, batch: Pack) -> tuple[Tensor, Pre
     """`token_logps`, and what `pack.branch` needs to score other completions after the same prompts."""
     kept: dict[int, KeysValues] = {}
     hidden = _hidden(model, batch, None, kept)
-    ends = torch.tensor([stop - 1 for _, stop in batch.prompt_spans], device=hidden.device)
+    ends = torch.tensor([path[-1][1] - 1 for path in batch.prompts], device=hidden.device)
     return _score(model, hidden, batch), Prefixes(kept, hidden.detach()[ends])
 
 
@@ -66,14 +66,18 @@ def score_all(
 
     `on_progress` gets the number of prompts done after each pass. LoRA dropout must be off (`model.scoring`).
     """
-    results: list[tuple[Tensor, ...]] = []
-    for run in packs_of(prompted, SCORED_TOKENS_AT_A_TIME):
-        batch = pack([prompted[index] for index in run])
+    results: dict[int, tuple[Tensor, ...]] = {}
+    order = sorted(
+        range(len(prompted)), key=lambda index: list(prompted[index].prompt_ids)
+    )  # what is shared stands together
+    for run in packs_of([prompted[index] for index in order], SCORED_TOKENS_AT_A_TIME):
+        indices = [order[place] for place in run]
+        batch = pack([prompted[index] for index in indices])
         sequences = iter(torch.split(token_logps(model, batch).cpu(), batch.lengths.tolist()))
-        results += [tuple(next(sequences) for _ in prompted[index].completions) for index in run]
+        results |= {index: tuple(next(sequences) for _ in prompted[index].completions) for index in indices}
         if on_progress is not None:
             on_progress(len(results))
-    return results
+    return [results[index] for index in range(len(prompted))]
 
 
 def _hidden(model: nn.Module, batch: Pack, prefixes: Prefixes | None, kept: dict[int, KeysValues] | None) -> Tensor:

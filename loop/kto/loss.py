@@ -6,7 +6,8 @@ Equations (7) and (8) of the paper, with the implied reward r = log π_θ(y|x) �
               λ_U · σ(β (z0 − r))   where y is undesirable
     L = E[λ_y − v(x, y)],   z0 = KL(π_θ(y′|x) ‖ π_ref(y′|x)), estimated as max(0, mean of r over mismatched (x, y′))
 
-z0 is a constant in the gradient. β multiplies log-ratios of whole sequences, in nats.
+z0 is a constant in the gradient. β multiplies log-ratios of whole sequences, in nats. With z0 = 0 it is APO-zero for
+unpaired rows (D'Oosterlinck et al. 2024, arXiv 2408.06266, as TRL's `apo_zero_unpaired`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Packs: prompts and completions laid end to end for one pass through the model, nothing padded, nothing twice.
 
-A prompt is computed once for all completions that are scored after it: its own and the mismatched one. Pure index
-arithmetic; the model is not known here.
+Tokens that sequences have in common from their first on are computed once: a prompt for its own and its mismatched
+completion, a conversation's earlier turns for each later one, a system prompt for all. What is common is found by
+comparing tokens, never presumed from the template. Pure index arithmetic; the model is not known here.
 """
 
 from __future__ import annotations
@@ -10,24 +11,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from loop.kto.attention import Segment
+from loop.kto.attention import Range, Segment
 
 Tokens = Sequence[int]
 
 
 @dataclass(frozen=True)
 class Prompted:
-    """One prompt and the completions to be scored after it; the prompt has at least one token, as has each of them."""
+    """One prompt and the completions to be scored after it (one at least); none of them is empty."""
 
     prompt_ids: Tokens
     completions: tuple[Tokens, ...]
 
     @property
     def tokens(self) -> int:
-        """Tokens that the model has to compute; a completion's last one is predicted and never read."""
+        """Tokens to compute where only the prompt is shared; a completion's last one is predicted and never read."""
         return len(self.prompt_ids) + sum(len(completion) - 1 for completion in self.completions)
 
 
@@ -41,27 +44,27 @@ class Pack:
     scored: Tensor  # [N] whose hidden state predicts the target: an index into [given hidden states, then the pack's]
     targets: Tensor  # [N]
     lengths: Tensor  # [S] tokens of each sequence; they sum to N
-    prompt_spans: tuple[tuple[int, int], ...]  # [P] where each prompt lies among the T tokens
+    prompts: tuple[tuple[Range, ...], ...]  # [P] where each prompt's tokens lie among the T, in their order
 
 
 def pack(prompted: Sequence[Prompted]) -> Pack:
     """All completions of all prompts in one pass; sequences in the order of prompts, then completions."""
     builder = _Builder()
-    spans = []
+    sequences = [(item.prompt_ids, completion) for item in prompted for completion in item.completions]
+    whole = [np.array([*prompt, *completion[:-1]], dtype=np.int64) for prompt, completion in sequences]
+    paths: dict[int, tuple[Range, ...]] = {}
+    # The longest first: what begins like it then needs no segment of its own, or a short one.
+    for index in sorted(range(len(whole)), key=lambda index: -len(whole[index])):
+        paths[index] = builder.place(whole[index])
+    prompts = []
+    index = 0
     for item in prompted:
-        first = item.completions[0] if item.completions else ()
-        start = builder.size
-        stop = start + len(item.prompt_ids)
-        # The prompt and its first completion are one causal run; further completions branch off the prompt.
-        builder.add([*item.prompt_ids, *first[:-1]], position=0)
-        if first:
-            builder.score(stop - 1, stop, first)
-        for completion in item.completions[1:]:
-            own = builder.size
-            builder.add(completion[:-1], position=len(item.prompt_ids), context=((start, stop),))
-            builder.score(stop - 1, own, completion)
-        spans.append((start, stop))
-    return builder.build(spans)
+        prompts.append(_cut(paths[index], len(item.prompt_ids)))
+        for completion in item.completions:
+            places = list(chain.from_iterable(range(start, stop) for start, stop in paths[index]))
+            builder.score(places[len(item.prompt_ids) - 1 :], completion)
+            index += 1
+    return builder.build(prompts)
 
 
 def branch(trunk: Pack, completions: Sequence[tuple[int, Tokens]]) -> Pack:
@@ -70,39 +73,67 @@ def branch(trunk: Pack, completions: Sequence[tuple[int, Tokens]]) -> Pack:
     Hidden states of the trunk's prompt ends, [P, H], come before the pack's own in `scored`.
     """
     builder = _Builder()
-    prompts = len(trunk.prompt_spans)
+    count = len(trunk.prompts)
     for prompt, completion in completions:
-        start, stop = trunk.prompt_spans[prompt]
-        own = prompts + builder.size
-        builder.add(completion[:-1], position=stop - start, context=((start, stop),))
-        builder.score(prompt, own, completion)
+        path = trunk.prompts[prompt]
+        own = count + builder.size
+        builder.add(completion[:-1], sum(stop - start for start, stop in path), path)
+        builder.score([prompt, *range(own, own + len(completion) - 1)], completion)
     return builder.build([])
 
 
 def packs_of(prompted: Sequence[Prompted], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of `prompted`, in order, in runs of at most `max_tokens` computed tokens, or of one that is longer."""
+    """Indices of `prompted`, in order, in runs of at most `max_tokens` computed tokens, or of one that is longer.
+
+    Tokens in common are counted once between neighbours only: sorted by prompt, that is nearly all there are.
+    """
     run: list[int] = []
     size = 0
+    before = np.empty(0, dtype=np.int64)
     for index, item in enumerate(prompted):
-        if run and size + item.tokens > max_tokens:
+        tokens = np.array([*item.prompt_ids, *item.completions[0][:-1]], dtype=np.int64)
+        added = item.tokens - common_prefix(before, tokens)
+        if run and size + added > max_tokens:
             yield run
-            run, size = [], 0
+            run, size, added = [], 0, item.tokens
         run.append(index)
-        size += item.tokens
+        size += added
+        before = tokens
     if run:
         yield run
+
+
+def common_prefix(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    """How many tokens both begin with."""
+    length = min(len(one), len(other))
+    differing = np.flatnonzero(one[:length] != other[:length])
+    return int(differing[0]) if len(differing) else length
 
 
 class _Builder:
     def __init__(self) -> None:
         self.size = 0
+        self._placed: list[tuple[NDArray[np.int64], tuple[Range, ...]]] = []
         self._tokens: list[Tokens] = []
         self._positions: list[Tokens] = []
         self._segments: list[Segment] = []
-        self._scored: list[int] = []
+        self._scored: list[Tokens] = []
         self._targets: list[Tokens] = []
 
-    def add(self, tokens: Tokens, *, position: int, context: tuple[tuple[int, int], ...] = ()) -> None:
+    def place(self, tokens: NDArray[np.int64]) -> tuple[Range, ...]:
+        """Where the tokens lie: as far as an earlier sequence begins with them there, the rest in a new segment."""
+        shared, context = 0, tuple[Range, ...]()
+        for other, path in self._placed:
+            if (common := common_prefix(tokens, other)) > shared:
+                shared, context = common, _cut(path, common)
+        start = self.size
+        self.add(tokens[shared:].tolist(), shared, context)
+        path = context if shared == len(tokens) else (*context, (start, self.size))
+        self._placed.append((tokens, path))
+        return path
+
+    def add(self, tokens: Tokens, position: int, context: tuple[Range, ...]) -> None:
+        """A segment at the pack's end, for tokens that are not there yet."""
         if not tokens:
             return
         self._tokens.append(tokens)
@@ -110,18 +141,29 @@ class _Builder:
         self._segments.append(Segment(self.size, self.size + len(tokens), context))
         self.size += len(tokens)
 
-    def score(self, prompt_end: int, own: int, completion: Tokens) -> None:
-        """The prompt's last hidden state predicts the first token, the completion's own predict the others."""
-        self._scored += [prompt_end, *range(own, own + len(completion) - 1)]
+    def score(self, places: Tokens, completion: Tokens) -> None:
+        """The hidden states at the places predict the completion's tokens; the first is the prompt's last one."""
+        self._scored.append(places[: len(completion)])
         self._targets.append(completion)
 
-    def build(self, spans: list[tuple[int, int]]) -> Pack:
+    def build(self, prompts: list[tuple[Range, ...]]) -> Pack:
         return Pack(
             input_ids=torch.tensor(list(chain.from_iterable(self._tokens)), dtype=torch.long),
             position_ids=torch.tensor(list(chain.from_iterable(self._positions)), dtype=torch.long),
             segments=tuple(self._segments),
-            scored=torch.tensor(self._scored, dtype=torch.long),
+            scored=torch.tensor(list(chain.from_iterable(self._scored)), dtype=torch.long),
             targets=torch.tensor(list(chain.from_iterable(self._targets)), dtype=torch.long),
             lengths=torch.tensor([len(completion) for completion in self._targets], dtype=torch.long),
-            prompt_spans=tuple(spans),
+            prompts=tuple(prompts),
         )
+
+
+def _cut(path: tuple[Range, ...], length: int) -> tuple[Range, ...]:
+    """The path's first `length` tokens."""
+    found = []
+    for start, stop in path:
+        if length <= 0:
+            break
+        found.append((start, min(stop, start + length)))
+        length -= stop - start
+    return tuple(found)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loop.kto.batch import Reference
+    from loop.kto.cache import ReferenceCache
+    from loop.kto.groups import Group
     from loop.kto.pack import Tokens
     from loop.kto.progress import Watch
     from loop.kto.rows import Row
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Settings that do not change what is trained: a run may be gone on with after changing them.
-INDIFFERENT = {"dir", "logging_steps", "save_steps", "report_to", "deadline_s"}
+INDIFFERENT = {"dir", "logging_steps", "save_steps", "report_to", "deadline_s", "cache"}
 
 
 def train(
@@ -45,7 +47,7 @@ def train(
     """
     import torch
 
-    from loop.kto import artifacts, batch, folders, groups, loss, model, progress, rows
+    from loop.kto import artifacts, batch, cache, folders, gradients, groups, loss, model, progress, rows
 
     # --- the run: what it is made of, and whether it is an old one
     started = time.monotonic()
@@ -58,13 +60,8 @@ def train(
         return finished
     work = folders.open_work(out, inputs)
 
-    # --- data: rows, and the groups that make one step each
+    # --- data
     train_rows, counts = _load_rows(settings, data, model_dir)
-    size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    all_groups = groups.make_groups([row.conversation for row in train_rows], size, settings.seed)
-    others = batch.mismatched_completions(train_rows, all_groups, settings.max_length)
-    counts["rows_without_mismatch"] = sum(other is None for other in others)
-    _warn_of_rows_without_mismatch(counts["rows_without_mismatch"], len(train_rows))
 
     # --- model: one base, frozen; the policy is the base with the adapter on, the reference with it off
     base = model.load_base(model_dir, settings.quantization, settings.dtype)
@@ -74,8 +71,12 @@ def train(
     setup_s = time.monotonic() - started
 
     with progress.Watch(work, settings.report_to, console) as watch:
-        # --- reference: log-probs of all rows and of all mismatched pairs, once
-        reference = _reference(policy, train_rows, others, work, watch)
+        # --- reference: the batches of an optimiser step each, and log-probs of all rows and mismatched pairs, once
+        depends_on = {"base": inputs["base_sha256"], "device": device.type}
+        depends_on |= {"quantization": settings.quantization, "dtype": settings.dtype}
+        with cache.ReferenceCache(settings.cache, depends_on) as known:
+            batches, others, reference, computed = _reference(settings, policy, train_rows, known, work, watch)
+        counts |= {"rows_without_mismatch": sum(other is None for other in others), "reference_computed": computed}
         desirable = torch.tensor([row.desirable for row in train_rows], device=device)  # [rows]
         weight = torch.tensor([row.weight for row in train_rows], device=device)  # [rows]
         matched, mismatched = reference.matched.to(device), reference.mismatched.to(device)  # [rows] each
@@ -84,14 +85,14 @@ def train(
         optimiser = torch.optim.AdamW(
             parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
-        steps = math.ceil(len(all_groups) * settings.num_train_epochs)
+        steps = math.ceil(len(batches) * settings.num_train_epochs)
         state = artifacts.load_checkpoint(policy, work) or {"step": 0, "rows": 0, "train_s": 0.0, "totals": {}}
         if "optimiser" in state:
             optimiser.load_state_dict(state["optimiser"])
             _set_random_state(state["random"])
         progress.forget_after(work, state["step"])
         earlier_s, loop_started = state["train_s"], started + setup_s
-        shares_prompts = settings.gradient_accumulation_steps == 1 and settings.lora_dropout == 0
+        micro_batch = settings.per_device_train_batch_size
         is_late = False
         task = watch.task("train", steps, state["step"])
 
@@ -101,50 +102,37 @@ def train(
             if is_late and step:  # after one step at least: what has learned nothing is not an adapter
                 logger.warning("deadline_s reached after %d of %d steps", step, steps, extra={"action": "deadline"})
                 break
-            epoch, place = divmod(step, len(all_groups))
-            group = all_groups[groups.epoch_order(len(all_groups), epoch, settings.seed)[place]]
+            epoch, place = divmod(step, len(batches))
+            group = batches[groups.epoch_order(len(batches), epoch, settings.seed)[place]]
             indices = torch.tensor(group.rows, device=device)
-            group_rows, group_others = [train_rows[i] for i in group.rows], [others[i] for i in group.rows]
-            reference_others = mismatched[indices]
-            reference_others = reference_others[~reference_others.isnan()]
+            of_others = mismatched[indices]
+            rows_of_step = gradients.Batch(
+                [train_rows[i] for i in group.rows],
+                [others[i] for i in group.rows],
+                matched[indices],
+                of_others[~of_others.isnan()],
+                desirable[indices],
+                weight[indices],
+            )
             learning_rate = settings.learning_rate * _schedule(settings, step, steps)
 
-            # z0 spans the whole effective batch. Where that is one micro-batch, its pass goes on from the prompts that
-            # the policy's pass computes anyway; else it comes first, without gradient.
-            if not shares_prompts:
-                with model.scoring(policy, "default"):
-                    policy_others = batch.mismatched_logps(policy, group_rows, group_others).to(device)
-                z0 = loss.reference_point(policy_others, reference_others)
-            policy_logps = []
-            for start in range(0, len(group_rows), settings.per_device_train_batch_size):
-                part = slice(start, start + settings.per_device_train_batch_size)
-                if shares_prompts:
-                    logps, policy_others = batch.policy_and_mismatched_logps(policy, group_rows, group_others)
-                    z0 = loss.reference_point(policy_others, reference_others)
-                else:
-                    logps = batch.policy_logps(policy, group_rows[part])  # [micro-batch]
-                batch.check_finite(logps, group_rows[part], f"step {step + 1}: the policy's log-prob")
-                mine = indices[part]
-                losses = loss.kto_losses(logps, matched[mine], desirable[mine], weight[mine], z0, settings.beta)
-                (losses.sum() / len(group_rows)).backward()  # type: ignore[no-untyped-call]
-                policy_logps.append(logps.detach())
-
+            logps, z0, micro_batch = gradients.backward_within_memory(
+                policy, rows_of_step, beta=settings.beta, micro_batch=micro_batch
+            )
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            batch.check_finite(norm.expand(len(group_rows)), group_rows, f"step {step + 1}: the gradient's norm")
+            batch.check_finite(norm.expand(len(indices)), rows_of_step.rows, f"step {step + 1}: the gradient's norm")
             for options in optimiser.param_groups:
                 options["lr"] = learning_rate
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
-            metrics = loss.kto_metrics(
-                torch.cat(policy_logps), matched[indices], desirable[indices], weight[indices], z0, settings.beta
-            )
+            metrics = loss.kto_metrics(logps, matched[indices], desirable[indices], weight[indices], z0, settings.beta)
             metrics |= {"grad_norm": float(norm), "learning_rate": learning_rate}
-            state = _after_step(state, metrics, len(group_rows), earlier_s + time.monotonic() - loop_started)
+            state = _after_step(state, metrics, len(indices), earlier_s + time.monotonic() - loop_started)
             rate = state["rows"] / state["train_s"]
             watch.advance(task, step + 1, _figures(metrics, rate))
             if (step + 1) % settings.logging_steps == 0 or step + 1 == steps:
-                place_in_run = {"step": step + 1, "epoch": (step + 1) / len(all_groups), "rows_per_s": rate}
+                place_in_run = {"step": step + 1, "epoch": (step + 1) / len(batches), "rows_per_s": rate}
                 watch.log(place_in_run | metrics)
             if (step + 1) % settings.save_steps == 0 and step + 1 < steps:
                 saved = state | {"optimiser": optimiser.state_dict(), "random": _random_state()}
@@ -184,18 +172,47 @@ def _load_rows(settings: TrainSettings, data: Path, model_dir: Path) -> tuple[li
 
 
 def _reference(
-    policy: PeftModel, train_rows: list[Row], others: list[Tokens | None], work: Path, watch: Watch
-) -> Reference:
-    """The reference's log-probs; a resumed run finds them in its work folder."""
-    from loop.kto import batch, model
+    settings: TrainSettings,
+    policy: PeftModel,
+    train_rows: list[Row],
+    cache: ReferenceCache,
+    work: Path,
+    watch: Watch,
+) -> tuple[list[Group], list[Tokens | None], Reference, int]:
+    """The batches, each row's mismatched completion, the reference's log-probs, and how many were not in the cache.
+
+    A resumed run finds its groups and log-probs in its work folder, whatever has become of the cache.
+    """
+    import torch
+
+    from loop.kto import batch, groups, model
 
     file = work / "reference.safetensors"
-    if not file.exists():
+    conversations = [row.conversation for row in train_rows]
+    size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    reference = batch.load_reference(file) if file.exists() else None
+    if reference is None:
+        plan = f"{size} rows, seed {settings.seed}"
+        numbers = groups.number_groups(conversations, size, settings.seed, cache.groups(plan, train_rows))
+        cache.keep_groups(plan, train_rows, numbers)
+    else:
+        numbers = reference.groups.tolist()
+    made = groups.make_groups(conversations, numbers)
+    if settings.objective == "kto":
+        others = batch.mismatched_completions(train_rows, made, settings.max_length)
+        _warn_of_rows_without_mismatch(sum(other is None for other in others), len(train_rows))
+    else:  # without mismatched pairs z0 is 0, which is all that tells APO-zero from KTO
+        others = [None] * len(train_rows)
+    computed = 0
+    if reference is None:
         task = watch.task("reference", len(train_rows))
         with model.scoring(policy, None):
-            computed = batch.reference_logps(policy, train_rows, others, lambda done: watch.advance(task, done))
-        batch.save_reference(computed, file)
-    return batch.load_reference(file)
+            matched, mismatched, computed = batch.reference_logps(
+                policy, train_rows, others, cache, lambda done: watch.advance(task, done)
+            )
+        reference = batch.Reference(matched, mismatched, torch.tensor(numbers))
+        batch.save_reference(reference, file)
+    return groups.make_batches(made, size, settings.seed), others, reference, computed
 
 
 def _warn_of_rows_without_mismatch(without: int, rows: int) -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,41 @@ def test_completions_that_share_a_prompts_computation_score_as_if_separate(
         assert together[index][1] == pytest.approx(alone[0][0], abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_turns_that_share_a_conversations_computation_are_as_if_separate(
+    kind: str, lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]]
+) -> None:
+    model = lora_model(kind)
+    rows = [turn for row in make_rows(3) for turn in conversation_of(row)]
+    others = [rows[index - 3].completion_ids for index in range(len(rows))]
+    weights = torch.linspace(-1, 1, len(rows))
+    alone = torch.cat([policy_logps(model, [row]) for row in rows])
+    (alone * weights).sum().backward()
+    expected = lora_gradients(model)
+
+    together, reused = policy_and_mismatched_logps(model, rows, others)
+    (together * weights).sum().backward()
+    gradients = lora_gradients(model)
+
+    assert pack([Prompted(r.prompt_ids, (r.completion_ids,)) for r in rows]).input_ids.numel() < sum(
+        row.tokens - 1 for row in rows
+    )
+    assert relative(together, alone) < 1e-5
+    assert relative(reused, mismatched_logps(model, rows, others)) < 1e-5
+    for name, gradient in gradients.items():
+        assert relative(gradient, expected[name]) < 1e-5, name
+    scored = logps.score_all(model, [Prompted(row.prompt_ids, (row.completion_ids,)) for row in rows])
+    assert relative(torch.stack([found[0].sum() for found in scored]), alone.detach()) < 1e-5
+
+
+def conversation_of(row: Row) -> list[Row]:
+    """Three turns that begin with the row; the third's template has rewritten the second turn."""
+    second = [*row.prompt_ids, *row.completion_ids, 9, 8, 7]
+    third = [*row.prompt_ids, *row.completion_ids, 9, 5, 4, 3]
+    ids = [(row.prompt_ids, row.completion_ids), (second, [11, 12, 2]), (third, [13, 14, 15, 2])]
+    return [replace(row, prompt_ids=prompt, completion_ids=completion) for prompt, completion in ids]
+
+
 def test_logits_in_chunks_equal_logits_at_once(
     monkeypatch: pytest.MonkeyPatch, lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]]
 ) -> None:
@@ -108,11 +144,20 @@ def test_no_logits_are_computed_for_prompts(
 
 def test_a_pack_has_no_padding_and_computes_a_shared_prompt_once() -> None:
     batch = pack([Prompted([5, 6, 7], ([8, 9], [10, 11, 12])), Prompted([4], ([3],))])
-    assert batch.input_ids.tolist() == [5, 6, 7, 8, 10, 11, 4]
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 3, 4, 0]
+    assert batch.input_ids.tolist() == [5, 6, 7, 10, 11, 8, 4]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0]
     assert batch.targets.tolist() == [8, 9, 10, 11, 12, 3]
-    assert batch.scored.tolist() == [2, 3, 2, 4, 5, 6]
+    assert batch.scored.tolist() == [2, 5, 2, 3, 4, 6]
     assert batch.lengths.tolist() == [2, 3, 1]
+
+
+def test_a_conversations_turns_are_one_run_and_a_rewritten_history_branches_off() -> None:
+    turns = [Prompted([5, 6], ([7, 8],)), Prompted([5, 6, 7, 8, 9], ([3, 4],)), Prompted([5, 6, 1, 9], ([2],))]
+    batch = pack(turns)
+    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 3, 1, 9]
+    assert [(s.start, s.stop, s.context) for s in batch.segments] == [(0, 6, ()), (6, 8, ((0, 2),))]
+    assert batch.scored.tolist() == [1, 2, 4, 5, 7]
+    assert batch.prompts == (((0, 2),), ((0, 5),), ((0, 2), (6, 8)))
 
 
 def test_packs_keep_to_their_tokens_and_to_the_order() -> None:

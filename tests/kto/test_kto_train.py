@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -68,11 +69,14 @@ def test_a_run_learns_and_leaves_an_adapter_a_manifest_and_its_figures(
     assert result == json.loads((out / "metrics.json").read_text())
     assert {"rows_per_s", "train_s", "peak_rss_mb", "loss", "kl"} <= set(result)
     assert (result["rows"], result["steps"], result["deadline_reached"]) == (24, 36, False)
+    card = (out / "README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {model_dir.name}\nlibrary_name: peft\n")
+    assert "24 rated answers, 36 steps" in card
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["settings"]["beta"] == SETTINGS.beta
     assert len(manifest["data_sha256"]) == 64
     assert not partial_dir(out).exists()
-    for name in ("manifest.json", "adapter_config.json"):
+    for name in ("manifest.json", "adapter_config.json", "README.md"):
         assert str(tmp_path) not in (out / name).read_text()
         assert str(model_dir) not in (out / name).read_text()
 
@@ -207,6 +211,84 @@ def test_a_number_that_runs_away_stops_the_run_and_names_the_rows(
     with pytest.raises(FloatingPointError, match=r"not finite for rows \[.*'row-7'"):
         train(SETTINGS, data, folder, tmp_path / "out", console=quiet())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_out_of_memory_halves_the_micro_batch_and_the_step_stays_the_same(
+    failure: RuntimeError,
+    data: Path,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from loop.kto import batch
+
+    train(SETTINGS, data, model_dir, tmp_path / "enough", console=quiet())
+    policy_logps = batch.policy_logps
+
+    def scarce(model: object, rows: list[Row]) -> torch.Tensor:
+        if len(rows) > 1:
+            raise failure
+        return policy_logps(model, rows)  # type: ignore[arg-type]
+
+    def too_much(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(batch, "policy_logps", scarce)
+    monkeypatch.setattr(batch, "policy_and_mismatched_logps", too_much)
+    train(SETTINGS, data, model_dir, tmp_path / "scarce", console=quiet())
+    assert [record.args for record in caplog.records if "out of memory" in record.message] == [(2, 4), (1, 4)]
+    assert_same_adapter(tmp_path / "scarce", tmp_path / "enough", tolerance=1e-4)
+
+
+def test_another_error_of_torch_is_not_taken_for_a_lack_of_memory(
+    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loop.kto import batch
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(batch, "policy_and_mismatched_logps", broken)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        train(SETTINGS, data, model_dir, tmp_path / "out", console=quiet())
+
+
+def test_a_full_disk_leaves_the_last_whole_checkpoint_to_go_on_from(
+    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loop.kto import artifacts
+
+    out = tmp_path / "out"
+    train(SETTINGS, data, model_dir, tmp_path / "whole", console=quiet())
+    save = torch.save
+
+    def full_at_step_4(state: dict[str, int], path: Path) -> None:
+        if state["step"] == 4:
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(artifacts.torch, "save", full_at_step_4)
+    with pytest.raises(OSError, match="No space left"):
+        train(SETTINGS, data, model_dir, out, console=quiet())
+    monkeypatch.undo()
+    assert [path.name for path in partial_dir(out).glob("checkpoint-*")] == ["checkpoint-00000002"]
+    train(SETTINGS, data, model_dir, out, console=quiet())
+    assert_same_adapter(out, tmp_path / "whole")
+
+
+def test_apo_zero_needs_no_mismatched_pairs(data: Path, model_dir: Path, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"objective": "apo_zero_unpaired", "num_train_epochs": 6})
+    result = train(settings, data, model_dir, tmp_path / "out", console=quiet())
+    lines = metrics_of(tmp_path / "out")
+    assert (result["reference_computed"], result["kl"]) == (24, 0.0)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert "APO-zero" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_one_conversation_alone_trains_with_z0_at_zero_and_says_so(

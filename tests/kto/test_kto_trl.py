@@ -11,6 +11,8 @@ from datasets import Dataset
 from trl import KTOConfig, KTOTrainer
 
 from loop.kto.batch import policy_and_mismatched_logps, reference_logps
+from loop.kto.cache import ReferenceCache
+from loop.kto.gradients import Batch, backward
 from loop.kto.groups import mismatch
 from loop.kto.loss import kto_losses, reference_point
 from loop.kto.model import scoring
@@ -67,11 +69,11 @@ def test_loss_and_every_lora_gradient_are_trls(
     trl_loss.backward()
 
     with scoring(ours, None):
-        reference = reference_logps(ours, rows, others)
+        matched, mismatched, _ = reference_logps(ours, rows, others, ReferenceCache(None, {}))
     policy, policy_others = policy_and_mismatched_logps(ours, rows, others)
-    z0 = reference_point(policy_others, reference.mismatched)
+    z0 = reference_point(policy_others, mismatched)
     desirable, weight = torch.tensor([r.desirable for r in rows]), torch.tensor([r.weight for r in rows])
-    loss = kto_losses(policy, reference.matched, desirable, weight, z0, beta=0.1).mean()
+    loss = kto_losses(policy, matched, desirable, weight, z0, beta=0.1).mean()
     loss.backward()
 
     assert z0.item() == pytest.approx(trainer._metrics["train"]["kl"][0], rel=1e-4, abs=1e-5)
@@ -81,6 +83,48 @@ def test_loss_and_every_lora_gradient_are_trls(
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert ((gradient - expected[name]).norm() / expected[name].norm()).item() < 1e-5, name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:trl", "ignore::FutureWarning:trl")
+def test_apo_zero_is_trls(
+    lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]], tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [replace(row, weight=1.7 if row.desirable else 0.6) for row in make_rows(8)]
+    rival, ours = lora_model("llama", "sdpa"), lora_model("llama", "thumbwheel_packed")
+    _multiply_b(rival, 0.0)
+    settings = _trl_settings(tmp_path, (1.7, 0.6))
+    settings.loss_type = "apo_zero_unpaired"
+    trainer = KTOTrainer(
+        model=rival,
+        args=settings,
+        train_dataset=Dataset.from_list([{"prompt": "a", "completion": "b", "label": True}] * 8),
+        processing_class=tokenizer,
+    )
+    rival.load_state_dict(ours.state_dict(), strict=False)
+    fields = ("prompt_ids", "completion_ids")
+    examples = [{name: getattr(row, name) for name in fields} | {"label": row.desirable} for row in rows]
+    trl_loss = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
+    trl_loss.backward()
+
+    none: list[None] = [None] * len(rows)
+    with scoring(ours, None):
+        matched, mismatched, _ = reference_logps(ours, rows, none, ReferenceCache(None, {}))
+    step = Batch(
+        rows,
+        none,
+        matched,
+        mismatched[~mismatched.isnan()],
+        torch.tensor([row.desirable for row in rows]),
+        torch.tensor([row.weight for row in rows]),
+    )
+    logps, z0 = backward(ours, step, beta=0.1, micro_batch=8)
+    assert z0 == 0
+    loss = kto_losses(logps, matched, step.desirable, step.weight, z0, beta=0.1).mean()
+    assert loss.item() == pytest.approx(trl_loss.item(), abs=1e-6)
+    expected = {name: p.grad for name, p in rival.named_parameters() if p.requires_grad}
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            assert ((parameter.grad - expected[name]).norm() / expected[name].norm()).item() < 1e-5, name
 
 
 def _multiply_b(model: Any, factor: float) -> None:
