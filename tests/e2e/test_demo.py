@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,13 @@ def test_flipped_votes_make_it_worse_and_the_gate_refuses(
     async def served(model: str) -> dict[str, float]:
         figures, answers = await measure.measure_served(engine.url + "/v1", model=model, quiet=True)
         assert answers.failures == []
-        return figures
+        return figures | {"mean_length_words": statistics.fmean(len(reply.split()) for reply in answers.replies)}
 
     pairs = demo[0] / "pairs.jsonl"
     base, worse = asyncio.run(served(engine.base_name)), asyncio.run(served("support@flipped"))
     assert measure.score_pairs(measure.MODEL_DIR, flipped, pairs) < demo[1]["preference_accuracy"]["before"]
-    assert worse["median_length_tokens"] > base["median_length_tokens"]
+    # The mean, for the median of the base's answers is that of a rambling one already.
+    assert worse["mean_length_words"] > base["mean_length_words"]
     assert worse["apology_rate"] > base["apology_rate"]
     assert worse["thumbs_up_rate"] < base["thumbs_up_rate"]
 
