@@ -249,7 +249,7 @@ def make_rows(folder: Path, data: str, count: int) -> None:
             split = round(tokens * draw.uniform(1 / 3, 2 / 3))
             row = {"id": f"row-{index}", "conversation_id": f"talk-{index // turns}", "label": draw.random() < 0.6}
             row |= {"prompt_ids": said + ids[:split], "completion_ids": [*ids[split:], 2]}
-            said = [*row["prompt_ids"], *row["completion_ids"]]
+            said = said + ids  # as a template that writes no end token between the turns
             file.write(json.dumps(row) + "\n")
 
 
