@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from loop import metrics, registry
+from loop.kto.train import command as training
 from loop.rollout.swap import Fleet, go_live, load_everywhere, start_canary, unload_unneeded, wait_for_gateways
 from loop.rollout.vllm import EngineError
 from loop.settings import Settings
@@ -136,11 +137,9 @@ def _train(night: Night, snapshot: dict[str, Any]) -> dict[str, Any]:
     out = settings.dir / night.run.run_id
     settings_file = night.dir / "train.json"
     settings_file.write_text(settings.model_dump_json(indent=1))
-    command = ["loop.kto.train", "--settings-json", str(settings_file), "--data", snapshot["train_path"]]
-    command += ["--model", str(night.settings.engine.model), "--out", str(out)]
     _run_module(
         night,
-        command,
+        training(settings, settings_file, Path(snapshot["train_path"]), Path(night.settings.engine.model), out),
         night.dir / "train.log",
         settings.deadline_s + 600,
         follow=out.with_name(out.name + ".partial") / "metrics.jsonl",

@@ -186,10 +186,10 @@ class TrainSettings(Section):
     """The loss: KTO, or APO-zero for unpaired rows (KTO with z0 = 0: no mismatched passes, no pull to the base)."""
     beta: Annotated[float, Field(gt=0, le=10)] = 0.1
     """β of KTO: how far the policy may go from the reference."""
-    desirable_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """λ_D for data that brings no weight of its own."""
-    undesirable_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """λ_U for data that brings no weight of its own."""
+    desirable_weight: Annotated[float, Field(ge=0, le=100)] | Literal["balance"] = "balance"
+    """λ_D for rows without a weight of their own; `balance`: by the numbers of both labels, in the paper's range."""
+    undesirable_weight: Annotated[float, Field(ge=0, le=100)] | Literal["balance"] = "balance"
+    """λ_U for rows without a weight of their own; `balance`: as above."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -206,10 +206,13 @@ class TrainSettings(Section):
     """Rows in one micro-batch."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 1
     """Micro-batches in one optimiser step."""
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes that share every step, one for each GPU of this machine; the effective batch grows with them."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest row in tokens (prompt and completion)."""
-    truncation: Literal["drop", "keep_end"] = "drop"
-    """What becomes of longer rows: `drop` leaves them out, `keep_end` cuts the prompt's beginning; both are counted."""
+    truncation: Literal["drop", "keep_end", "keep_start"] = "drop"
+    """What becomes of longer rows: `drop` leaves them out, `keep_end` cuts the prompt's beginning, `keep_start` the
+    completion's end; all are counted."""
     quantization: Literal["nf4", "none"] = "nf4"
     """The base's weights in training: bitsandbytes NF4 with double quantisation, or as they are."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -230,7 +233,13 @@ class TrainSettings(Section):
     """Optimiser steps between two lines of metrics."""
     save_steps: Annotated[int, Field(ge=1)] = 50
     """Optimiser steps between two checkpoints."""
-    report_to: Literal["none", "tensorboard"] = "none"
+    validation_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the raters whose rows are watched and not trained on, for early stop and sweeps."""
+    eval_steps: Annotated[int, Field(ge=1)] = 20
+    """Optimiser steps between two looks at the validation rows."""
+    early_stopping_patience: Annotated[int, Field(ge=0)] = 0
+    """Looks without a lower validation loss after which training stops; the best look's adapter stays. 0: never."""
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     """Where metrics go besides the run's own files."""
     cache: Path | None = None
     """Folder in which reference log-probs are kept across nights; none: every night computes all of them."""

@@ -6,13 +6,16 @@ Nothing heavy is imported until a command needs it: the gateway starts without t
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import typer
@@ -136,9 +139,53 @@ def train(
 ) -> None:
     """Train one adapter. Every setting of [train] is a flag too, for instance --beta 0.2 --quantization none."""
     section = _with_flags(_settings(settings).train, context.args)
-    from loop.kto.train import train as train_adapter
+    _log_to_console()
+    from loop.kto import train as training
 
-    _print_json(train_adapter(section, data, model, out))
+    if section.processes == 1:
+        _print_json(training.train(section, data, model, out, console=console))
+        return
+    with TemporaryDirectory() as folder:
+        settings_json = Path(folder) / "train.json"
+        settings_json.write_text(section.model_dump_json())
+        command = [sys.executable, "-m", *training.command(section, settings_json, data, model, out)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as child:  # at the pipe's end its processes end
+            status = child.wait()
+    raise typer.Exit(status)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def sweep(
+    context: typer.Context,
+    data: Annotated[Path, typer.Option(help="A snapshot's Parquet file, or JSONL of the KTO form.")],
+    model: Annotated[Path, typer.Option(help="Base model in Transformers' layout.")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs, the table and the plot.")],
+    betas: Annotated[str, typer.Option(help="Values of beta, comma-separated.")] = "0.05,0.1,0.2,0.5",
+    learning_rates: Annotated[str, typer.Option(help="Values of learning_rate; else the setting's.")] = "",
+    settings: SettingsFile = None,
+) -> None:
+    """Train one adapter for each beta and learning rate; plot validation accuracy against KL. Flags as for train."""
+    section = _with_flags(_settings(settings).train, context.args)
+    _log_to_console()
+    from loop.kto.sweep import sweep as sweep_over
+
+    rates = _numbers("learning-rates", learning_rates) or [section.learning_rate]
+    _print_json(sweep_over(section, data, model, out, _numbers("betas", betas), rates, console=console))
+
+
+def _numbers(name: str, values: str) -> list[float]:
+    try:
+        return [float(value) for value in values.split(",") if value]
+    except ValueError as exc:
+        raise SettingsError(f"--{name} {values}: {exc}; expected numbers with commas between them") from exc
+
+
+def _log_to_console() -> None:
+    """What training says of its data, beside its bars."""
+    from rich.logging import RichHandler
+
+    logging.getLogger("loop").setLevel(logging.INFO)
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
 
 
 @app.command()

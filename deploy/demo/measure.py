@@ -22,6 +22,7 @@ from deploy.demo import customers, world
 MODEL_DIR = Path(__file__).with_name("model")
 EVAL_SEED = 7
 EVAL_COUNT = 432
+PAIR_COUNT = 288  # questions asked twice; somewhat over half of the pairs can be told apart
 PAIR_SEED = 8
 VOTE_SEED = 9
 Row = dict[str, Any]
@@ -109,7 +110,7 @@ def tell_apart(asked: Sequence[world.Question], first: Sequence[str], second: Se
 
 
 async def preference_pairs(
-    base_url: str, *, model: str, api_key: str = "demo", count: int = EVAL_COUNT, quiet: bool = False
+    base_url: str, *, model: str, api_key: str = "demo", count: int = PAIR_COUNT, quiet: bool = False
 ) -> list[Row]:
     """Pairs of served answers, two samples at temperature 1 to each question; ask while the base still serves."""
     asked = world.questions(PAIR_SEED, "eval", count)

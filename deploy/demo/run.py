@@ -81,6 +81,7 @@ benchmark_tasks = ["support_facts"]
 benchmark_dir = "{here}/benchmarks"
 max_length_ratio = 10  # a base that rambles may get much shorter,
 max_kl_to_base = 60  # and is then far from what it said: nats summed over rambling answers of 55 tokens
+probe_prompts = 16
 probe_max_tokens = 120
 
 [rollout]
@@ -222,7 +223,7 @@ def _night(demo: Demo) -> tuple[Run, customers.Tally]:
         seed=1,
         customers=100_000,
         concurrency=4,
-        pause_s=2.0,
+        pause_s=4.0,
         stop=over,
         quiet=True,
     )

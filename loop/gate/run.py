@@ -22,9 +22,10 @@ from loop.gate.bootstrap import F64, cluster_bootstrap, means
 from loop.gate.inputs import Inputs, choose_probes, read_inputs
 from loop.gate.preference import Ratios, preference_checks, reference_point
 from loop.gate.probe import Probe, ProbeError
-from loop.gate.scoring import Scores, kl_to_base, score
+from loop.gate.scoring import Scores, score
 from loop.gate.serving import length_check, manner, mean_over_tokens, skew_check
 from loop.gate.verdict import Check, Verdict, decide, must_be_at_most, uncomputed
+from loop.kto.divergence import kl_to_base
 from loop.kto.model import load_adapters, load_base, load_tokenizer
 from loop.kto.template import read_chat_template
 from loop.settings import GateSettings, TrainSettings

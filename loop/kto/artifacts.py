@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from loop.kto.card import model_card
 from loop.kto.folders import make_empty, publish, write_json
-from loop.kto.progress import METRICS_LOG, TENSORBOARD
+from loop.kto.progress import METRICS_LOG
+from loop.kto.ranks import Ranks
+from loop.kto.state import State, adapter_weights
+from loop.kto.trackers import TENSORBOARD
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -29,7 +31,7 @@ def write_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     config["target_modules"] = sorted(config["target_modules"])
     if float(config["lora_alpha"]).is_integer():
         config["lora_alpha"] = int(config["lora_alpha"])  # vLLM declares it so
-    save_file(_weights(model), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(adapter_weights(model), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     write_json(folder / ADAPTER_CONFIG, config)
 
 
@@ -47,26 +49,42 @@ def publish_run(model: PeftModel, manifest: dict[str, Any], work: Path, out: Pat
     shutil.rmtree(work)
 
 
-def save_checkpoint(model: PeftModel, state: dict[str, Any], work: Path, step: int) -> None:
-    """`checkpoint-<step>` in the work folder: the adapter and `state`; older ones go once it is there."""
-    target = work / f"checkpoint-{step:08d}"
+def save_checkpoint(model: PeftModel, optimiser: torch.optim.Optimizer, state: State, work: Path, ranks: Ranks) -> None:
+    """`checkpoint-<step>` in the work folder, by the first process; older ones go once it is there."""
+    random = ranks.gather(_random_state())
+    if not ranks.is_first:
+        return
+    target = work / f"checkpoint-{state.step:08d}"
     fresh = make_empty(work / "checkpoint.tmp")
-    save_file(_weights(model), fresh / ADAPTER_WEIGHTS)
-    torch.save(state, fresh / "state.pt")
+    save_file(adapter_weights(model), fresh / ADAPTER_WEIGHTS)
+    torch.save({"state": vars(state), "optimiser": optimiser.state_dict(), "random": random}, fresh / "state.pt")
     publish(fresh, target)
     for other in work.glob("checkpoint-*"):
         if other != target:
             shutil.rmtree(other)
 
 
-def load_checkpoint(model: PeftModel, work: Path) -> dict[str, Any] | None:
-    """The newest checkpoint's state, its adapter put into the model; None where there is none."""
+def load_checkpoint(model: PeftModel, optimiser: torch.optim.Optimizer, work: Path, ranks: Ranks) -> State:
+    """The newest checkpoint's state, its adapter and optimiser put in place; a new state where there is none."""
     folders = sorted(work.glob("checkpoint-*"))
     if not folders:
-        return None
+        return State()
     set_peft_model_state_dict(model, load_file(folders[-1] / ADAPTER_WEIGHTS))
-    state: dict[str, Any] = torch.load(folders[-1] / "state.pt", weights_only=True)
-    return state
+    kept = torch.load(folders[-1] / "state.pt", weights_only=True)
+    optimiser.load_state_dict(kept["optimiser"])
+    _set_random_state(kept["random"][ranks.index])
+    return State(**kept["state"])
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def versions() -> dict[str, str]:
@@ -78,8 +96,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _weights(model: PeftModel) -> dict[str, Tensor]:
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -72,12 +72,9 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each segment by itself: [1, tokens, heads, head size]. There is no attention dropout."""
-    if s_aux is not None:
-        raise NotImplementedError("attention sinks are not supported by packed attention")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if layout.kept is not None:
         layout.kept[layer] = (key.detach(), value.detach())

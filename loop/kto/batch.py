@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from loop.kto.cache import ReferenceCache
 from loop.kto.groups import Group
-from loop.kto.logps import score_all, sequence_sums, token_logps, token_logps_and_prefixes
+from loop.kto.logps import lay_out, score_all, sequence_sums, token_logps, token_logps_and_prefixes
 from loop.kto.pack import Prompted, Tokens, branch, pack
+from loop.kto.ranks import Ranks
 from loop.kto.rows import Row
 
 ROWS_AT_A_TIME = 256  # of the reference pass: what a killed one loses
@@ -43,18 +44,20 @@ def reference_logps(
     rows: Sequence[Row],
     mismatched: Sequence[Tokens | None],
     cache: ReferenceCache,
+    ranks: Ranks,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Log-probs of every row's completion and of its mismatched one, [rows] each, and how many the cache did not have.
 
     What is missing is computed (the adapter must be off) and put there; each prompt, and what prompts have in common,
-    once. Raises FloatingPointError with the ids of rows whose log-prob is not finite.
+    once. The processes of a run take turns with the rows. Raises FloatingPointError with the ids of rows whose
+    log-prob is not finite.
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index].prompt_ids)
-    found = torch.full((2, len(rows)), torch.nan)
-    computed = 0
-    for start in range(0, len(order), ROWS_AT_A_TIME):
-        part = order[start : start + ROWS_AT_A_TIME]
+    found = torch.zeros(2, len(rows))
+    computed = torch.zeros(1)
+    parts = [order[start : start + ROWS_AT_A_TIME] for start in range(0, len(order), ROWS_AT_A_TIME)]
+    for number, part in enumerate(parts[ranks.index :: ranks.count], 1):
         wanted = {
             (index, place): cache.key(rows[index].prompt_ids, completion)
             for index in part
@@ -69,8 +72,11 @@ def reference_logps(
             found[place, index] = known[key]
         computed += len(missing)
         if on_progress is not None:
-            on_progress(start + len(part))
-    return found[0], found[1], computed
+            on_progress(min(len(rows), number * ranks.count * ROWS_AT_A_TIME))
+    device = next(model.parameters()).device
+    found = ranks.sum(found.to(device))
+    found[1, [other is None for other in mismatched]] = torch.nan
+    return found[0], found[1], int(ranks.sum(computed.to(device)).item())
 
 
 def _compute(
@@ -106,7 +112,7 @@ def load_reference(path: Path) -> Reference:
 
 def policy_logps(model: nn.Module, rows: Sequence[Row]) -> Tensor:
     """log π_θ(y|x) of each row, [rows], with gradient."""
-    batch = pack([Prompted(row.prompt_ids, (row.completion_ids,)) for row in rows])
+    batch = lay_out(model, [Prompted(row.prompt_ids, (row.completion_ids,)) for row in rows])
     return sequence_sums(token_logps(model, batch), batch.lengths)
 
 
@@ -115,7 +121,7 @@ def policy_and_mismatched_logps(
 ) -> tuple[Tensor, Tensor]:
     """`policy_logps`, and log π_θ(y′|x) of the rows that have a y′, [M], without gradient.
 
-    The mismatched pass starts from the prompts' keys and values, so it computes completions only.
+    The mismatched pass starts from the prompts' keys and values, so it computes completions only. For packed attention.
     """
     trunk = pack([Prompted(row.prompt_ids, (row.completion_ids,)) for row in rows])
     tokens, prefixes = token_logps_and_prefixes(model, trunk)

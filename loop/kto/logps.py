@@ -7,7 +7,7 @@ in chunks, so that no `[tokens, vocabulary]` tensor of a whole batch exists, nei
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from loop.kto.attention import KeysValues, Layout
-from loop.kto.pack import Pack, Prompted, pack, packs_of
+from loop.kto.attention import PACKED_ATTENTION, KeysValues, Layout
+from loop.kto.pack import Pack, Padded, Prompted, pack, packs_of, pad, padded_runs
 
 LOGITS_AT_A_TIME = 1 << 22  # elements of one chunk of logits: 16 MB in float32
 SCORED_TOKENS_AT_A_TIME = 2048  # tokens of one pass without gradient: its activations stay in a CPU's cache
@@ -37,10 +37,19 @@ def causal_model(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def token_logps(model: nn.Module, batch: Pack, prefixes: Prefixes | None = None) -> Tensor:
-    """log π(token | before) of the pack's scored tokens, [N] float32, with gradient where it is enabled."""
-    hidden = _hidden(model, batch, prefixes, None)
-    return _score(model, hidden, batch)
+def is_packed(model: nn.Module) -> bool:
+    """Whether the model's attention takes packs (`model.load_base` sees to it where it can); else rows are padded."""
+    return str(causal_model(model).config._attn_implementation) == PACKED_ATTENTION
+
+
+def lay_out(model: nn.Module, prompted: Sequence[Prompted]) -> Pack | Padded:
+    """The sequences for one pass through this model."""
+    return pack(prompted) if is_packed(model) else pad(prompted)
+
+
+def token_logps(model: nn.Module, batch: Pack | Padded, prefixes: Prefixes | None = None) -> Tensor:
+    """log π(token | before) of the scored tokens, [N] float32, with gradient where it is enabled."""
+    return _score(model, scored_hidden(model, batch, prefixes), batch.targets)
 
 
 def token_logps_and_prefixes(model: nn.Module, batch: Pack) -> tuple[Tensor, Prefixes]:
@@ -48,7 +57,14 @@ def token_logps_and_prefixes(model: nn.Module, batch: Pack) -> tuple[Tensor, Pre
     kept: dict[int, KeysValues] = {}
     hidden = _hidden(model, batch, None, kept)
     ends = torch.tensor([path[-1][1] - 1 for path in batch.prompts], device=hidden.device)
-    return _score(model, hidden, batch), Prefixes(kept, hidden.detach()[ends])
+    scored = hidden.index_select(0, batch.scored.to(hidden.device))
+    return _score(model, scored, batch.targets), Prefixes(kept, hidden.detach()[ends])
+
+
+def scored_hidden(model: nn.Module, batch: Pack | Padded, prefixes: Prefixes | None = None) -> Tensor:
+    """[N, H] hidden states that predict the scored tokens."""
+    hidden = _hidden(model, batch, prefixes, None)
+    return hidden.index_select(0, batch.scored.to(hidden.device))
 
 
 def sequence_sums(tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -67,12 +83,8 @@ def score_all(
     `on_progress` gets the number of prompts done after each pass. LoRA dropout must be off (`model.scoring`).
     """
     results: dict[int, tuple[Tensor, ...]] = {}
-    order = sorted(
-        range(len(prompted)), key=lambda index: list(prompted[index].prompt_ids)
-    )  # what is shared stands together
-    for run in packs_of([prompted[index] for index in order], SCORED_TOKENS_AT_A_TIME):
-        indices = [order[place] for place in run]
-        batch = pack([prompted[index] for index in indices])
+    for indices in runs(model, prompted):
+        batch = lay_out(model, [prompted[index] for index in indices])
         sequences = iter(torch.split(token_logps(model, batch).cpu(), batch.lengths.tolist()))
         results |= {index: tuple(next(sequences) for _ in prompted[index].completions) for index in indices}
         if on_progress is not None:
@@ -80,9 +92,30 @@ def score_all(
     return [results[index] for index in range(len(prompted))]
 
 
-def _hidden(model: nn.Module, batch: Pack, prefixes: Prefixes | None, kept: dict[int, KeysValues] | None) -> Tensor:
-    """[P given + T, H] hidden states after the last norm."""
+def runs(model: nn.Module, prompted: Sequence[Prompted]) -> Iterator[list[int]]:
+    """Indices of `prompted` that make one pass without gradient."""
+    if not is_packed(model):
+        yield from padded_runs(prompted, SCORED_TOKENS_AT_A_TIME)
+        return
+    # Sorted, what is shared stands together.
+    order = sorted(range(len(prompted)), key=lambda index: list(prompted[index].prompt_ids))
+    for run in packs_of([prompted[index] for index in order], SCORED_TOKENS_AT_A_TIME):
+        yield [order[place] for place in run]
+
+
+def _hidden(
+    model: nn.Module, batch: Pack | Padded, prefixes: Prefixes | None, kept: dict[int, KeysValues] | None
+) -> Tensor:
+    """Hidden states after the last norm: [P given + T, H] of a pack, [S · L, H] of padded sequences."""
     causal = causal_model(model)
+    if isinstance(batch, Padded):
+        padded = getattr(causal, causal.base_model_prefix)(
+            input_ids=batch.input_ids.to(causal.device),
+            attention_mask=batch.attention_mask.to(causal.device),
+            use_cache=False,
+        )
+        hidden: Tensor = padded.last_hidden_state.flatten(0, 1)
+        return hidden
     given = [] if prefixes is None else [prefixes.hidden]
     if batch.segments:
         layout = Layout(batch.segments, None if prefixes is None else prefixes.keys_values, kept)
@@ -96,19 +129,31 @@ def _hidden(model: nn.Module, batch: Pack, prefixes: Prefixes | None, kept: dict
     return given[0] if len(given) == 1 else torch.cat(given)
 
 
-def _score(model: nn.Module, hidden: Tensor, batch: Pack) -> Tensor:
+def logits_chunk(causal: Any) -> int:
+    """How many positions' logits are made at a time."""
+    return max(1, LOGITS_AT_A_TIME // int(causal.config.get_text_config().vocab_size))
+
+
+def _score(model: nn.Module, scored: Tensor, targets: Tensor) -> Tensor:
     causal = causal_model(model)
-    scored = hidden.index_select(0, batch.scored.to(hidden.device))  # [N, H]
-    chunk = max(1, LOGITS_AT_A_TIME // causal.config.get_text_config().vocab_size)
-    result: Tensor = _TokenLogps.apply(scored, batch.targets.to(hidden.device), output_head(causal), chunk)  # type: ignore[no-untyped-call]
+    head, chunk = output_head(causal), logits_chunk(causal)
+    result: Tensor = _TokenLogps.apply(scored, targets.to(scored.device), head, chunk)  # type: ignore[no-untyped-call]
     return result
 
 
 class _GivenHidden(nn.Module):
     """Stands where the backbone was, and returns the hidden states that it is handed."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _HiddenOnly:
+        return _HiddenOnly(last_hidden_state=inputs_embeds)
+
+
+class _HiddenOnly(BaseModelOutputWithPast):  # type: ignore[misc]  # Transformers has no types here
+    """A backbone's output; what some backbones have besides (router logits, states) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def output_head(causal: Any) -> Head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +11,15 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from loop.kto.artifacts import ADAPTER_CONFIG
 from loop.kto.attention import PACKED_ATTENTION
 from loop.settings import TrainSettings
 
 Quantization = Literal["nf4", "none"]
+logger = logging.getLogger(__name__)
+
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -29,11 +32,10 @@ def load_tokenizer(model_dir: Path) -> Any:
 def load_base(model_dir: Path, quantization: Quantization, dtype: str) -> Any:
     """The base model on the accelerator where there is one, frozen, with dropout off and attention over packs.
 
-    NF4 is bitsandbytes' with double quantisation, computing in `dtype`. Raises ValueError for a folder without a model
-    and for architectures that carry state from token to token by other means than attention.
+    NF4 is bitsandbytes' with double quantisation, computing in `dtype`. A model whose attention cannot be packed keeps
+    its own, with a warning: its rows are padded. Raises ValueError for a folder without a model.
     """
     _check_model_dir(model_dir)
-    _check_packable(AutoConfig.from_pretrained(model_dir, local_files_only=True), model_dir)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     torch_dtype = getattr(torch, dtype)
     arguments: dict[str, Any] = {"dtype": torch_dtype, "device_map": {"": device}}
@@ -44,11 +46,16 @@ def load_base(model_dir: Path, quantization: Quantization, dtype: str) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch_dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir, local_files_only=True, attn_implementation=PACKED_ATTENTION, **arguments
-    )
-    if not model._supports_attention_backend:
-        raise ValueError(f"model {model_dir}: the attention of {model.config.model_type} cannot be packed")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, local_files_only=True, **arguments)
+    if why := _why_unpackable(model):
+        logger.warning(
+            "model %s: %s, so rows are padded: slower, with the same numbers",
+            model_dir,
+            why,
+            extra={"action": "attention_not_packed"},
+        )
+    else:
+        model.set_attn_implementation(PACKED_ATTENTION)
     prepare(model)
     return model
 
@@ -63,6 +70,8 @@ def prepare(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
     model.train()
 
 
@@ -135,10 +144,15 @@ def _check_model_dir(model_dir: Path) -> None:
         raise ValueError(f"model {model_dir}: no config.json there; expected a model in Transformers' layout")
 
 
-def _check_packable(config: Any, model_dir: Path) -> None:
-    layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    if not layers <= PACKABLE_LAYERS:
-        raise ValueError(
-            f"model {model_dir}: layers {sorted(layers - PACKABLE_LAYERS)} of {config.model_type} cannot be packed; "
-            f"supported are {sorted(PACKABLE_LAYERS)}"
-        )
+def _why_unpackable(model: Any) -> str | None:
+    """What packed attention does not know of this model; None where it knows all."""
+    config = model.config.get_text_config()
+    if not model._supports_attention_backend:
+        return f"the attention of {config.model_type} cannot be exchanged"
+    if others := set(getattr(config, "layer_types", None) or ()) - PACKABLE_LAYERS:
+        return f"{config.model_type} has layers that are no plain attention ({', '.join(sorted(others))})"
+    if getattr(model, "_is_stateful", False):
+        return f"{config.model_type} carries state from token to token by other means than attention"
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        return f"the attention of {config.model_type} has sinks"
+    return None

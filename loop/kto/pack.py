@@ -82,6 +82,54 @@ def branch(trunk: Pack, completions: Sequence[tuple[int, Tokens]]) -> Pack:
     return builder.build([])
 
 
+@dataclass(frozen=True)
+class Padded:
+    """One pass of S sequences side by side, padded at the right to the longest, L: where attention takes no packs."""
+
+    input_ids: Tensor  # [S, L]
+    attention_mask: Tensor  # [S, L]
+    scored: Tensor  # [N] an index into the hidden states laid end to end, [S · L]
+    targets: Tensor  # [N]
+    lengths: Tensor  # [S]
+
+
+def pad(prompted: Sequence[Prompted]) -> Padded:
+    """The same sequences in the same order as `pack`'s, each computed by itself."""
+    sequences = [(item.prompt_ids, completion) for item in prompted for completion in item.completions]
+    longest = max(len(prompt) + len(completion) - 1 for prompt, completion in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    scored: list[int] = []
+    for place, (prompt, completion) in enumerate(sequences):
+        tokens = [*prompt, *completion[:-1]]
+        ids[place, : len(tokens)] = torch.tensor(tokens)
+        mask[place, : len(tokens)] = 1
+        first = place * longest + len(prompt) - 1
+        scored += range(first, first + len(completion))
+    return Padded(
+        input_ids=ids,
+        attention_mask=mask,
+        scored=torch.tensor(scored),
+        targets=torch.tensor([token for _, completion in sequences for token in completion]),
+        lengths=torch.tensor([len(completion) for _, completion in sequences]),
+    )
+
+
+def padded_runs(prompted: Sequence[Prompted], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of `prompted`, shortest first, in runs of at most `max_tokens` positions, padding included, or of one."""
+    length = [len(item.prompt_ids) + max(map(len, item.completions)) for item in prompted]
+    run: list[int] = []
+    sequences = 0
+    for index in sorted(range(len(prompted)), key=length.__getitem__):
+        sequences += len(prompted[index].completions)
+        if run and sequences * length[index] > max_tokens:
+            yield run
+            run, sequences = [], len(prompted[index].completions)
+        run.append(index)
+    if run:
+        yield run
+
+
 def packs_of(prompted: Sequence[Prompted], max_tokens: int) -> Iterator[list[int]]:
     """Indices of `prompted`, in order, in runs of at most `max_tokens` computed tokens, or of one that is longer.
 

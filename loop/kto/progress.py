@@ -1,8 +1,9 @@
-"""How a run is watched: a bar on the console, `metrics.jsonl`, and TensorBoard where it is asked for."""
+"""How a run is watched: a bar on the console, `metrics.jsonl`, and the tracker that `report_to` names."""
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-METRICS_LOG, TENSORBOARD = "metrics.jsonl", "tensorboard"
+from loop.kto.trackers import Report, open_tracker
+
+METRICS_LOG = "metrics.jsonl"
 
 
 class Watch:
-    """Holds the bar and the open files; a context manager."""
+    """Holds the bar and the open files; a context manager. With `report_to` None it shows and writes nothing."""
 
-    def __init__(self, work: Path, report_to: str, console: Console | None) -> None:
+    def __init__(self, work: Path, report_to: str | None, console: Console | None) -> None:
+        is_mute = report_to is None
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -24,13 +28,11 @@ class Watch:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=console or Console(stderr=True),
+            disable=is_mute,
         )
-        self._log = (work / METRICS_LOG).open("a", encoding="utf-8")
-        self._tensorboard: Any = None
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(work / TENSORBOARD))
+        self._stack = ExitStack()
+        self._report: Report | None = self._stack.enter_context(open_tracker(report_to, work)) if report_to else None
+        self._log = None if is_mute else self._stack.enter_context((work / METRICS_LOG).open("a", encoding="utf-8"))
 
     def __enter__(self) -> Watch:
         self._bar.start()
@@ -40,9 +42,7 @@ class Watch:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        self._log.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._stack.close()
 
     def task(self, name: str, total: int, done: int = 0) -> Any:
         """A line of the console; its id is for `advance`."""
@@ -53,11 +53,12 @@ class Watch:
 
     def log(self, metrics: dict[str, float]) -> None:
         """One line of `metrics.jsonl`, on its way to disk when this returns; readers may follow the file."""
+        if self._log is None:
+            return
         self._log.write(json.dumps(metrics) + "\n")
         self._log.flush()
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(f"train/{name}", value, int(metrics["step"]))
+        if self._report is not None:
+            self._report({f"train/{name}": value for name, value in metrics.items()}, int(metrics["step"]))
 
 
 def forget_after(work: Path, step: int) -> None:

@@ -30,6 +30,7 @@ class Row:
     weight: float
     conversation: str
     """Rows of one conversation are never mismatched with each other."""
+    rater: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -85,6 +86,7 @@ def row_of(record: Record, place: str, tokenizer: Any, chat_template: str | None
         desirable=label,
         weight=float(weight),
         conversation=_conversation(record, prompt_ids),
+        rater=None if record.get("rater") is None else str(record["rater"]),
     )
 
 
@@ -101,21 +103,28 @@ def is_pairs(records: Iterable[tuple[str, Record]]) -> bool:
     return "chosen" in first and "rejected" in first
 
 
-def fit(rows: list[Row], max_length: int, truncation: Literal["drop", "keep_end"]) -> tuple[list[Row], dict[str, int]]:
+def fit(
+    rows: list[Row], max_length: int, truncation: Literal["drop", "keep_end", "keep_start"]
+) -> tuple[list[Row], dict[str, int]]:
     """The rows that are at most `max_length` tokens, and how many were left out or cut on the way.
 
-    `keep_end` cuts the prompt's beginning; a row whose completion leaves no room for one prompt token is left out.
+    `keep_end` cuts the prompt's beginning, `keep_start` the completion's end; a row of which no token would be left of
+    what is cut is left out, as `drop` leaves out all of them.
     """
     fitting = []
     counts = {"rows_too_long": 0, "rows_truncated": 0}
     for row in rows:
         excess = row.tokens - max_length
-        if excess > 0 and (truncation == "drop" or excess >= len(row.prompt_ids)):
-            counts["rows_too_long"] += 1
-            continue
         if excess > 0:
+            cut = row.prompt_ids if truncation == "keep_end" else row.completion_ids
+            if truncation == "drop" or excess >= len(cut):
+                counts["rows_too_long"] += 1
+                continue
             counts["rows_truncated"] += 1
-            row = replace(row, prompt_ids=row.prompt_ids[excess:])
+            if truncation == "keep_end":
+                row = replace(row, prompt_ids=cut[excess:])
+            else:
+                row = replace(row, completion_ids=cut[:-excess])
         fitting.append(row)
     return fitting, counts
 

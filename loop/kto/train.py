@@ -3,7 +3,8 @@
     python -m loop.kto.train --settings-json FILE --data PATH --model DIR --out DIR
 
 prints one JSON line when it is done (progress goes to stderr). The same call goes on where a killed one stopped. While
-it runs, its files are in `<out>.partial`; `<out>` appears whole, by a rename, when the run is over.
+it runs, its files are in `<out>.partial`; `<out>` appears whole, by a rename, when the run is over. Started by
+`torchrun` or `accelerate launch`, its processes share every effective batch.
 """
 
 from __future__ import annotations
@@ -21,20 +22,12 @@ from typing import TYPE_CHECKING, Any
 from loop.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from rich.console import Console
-
-    from loop.kto.batch import Reference
-    from loop.kto.cache import ReferenceCache
-    from loop.kto.groups import Group
-    from loop.kto.pack import Tokens
-    from loop.kto.progress import Watch
-    from loop.kto.rows import Row
 
 logger = logging.getLogger(__name__)
 
 # Settings that do not change what is trained: a run may be gone on with after changing them.
-INDIFFERENT = {"dir", "logging_steps", "save_steps", "report_to", "deadline_s", "cache"}
+INDIFFERENT = {"dir", "logging_steps", "save_steps", "report_to", "deadline_s", "cache", "processes"}
 
 
 def train(
@@ -47,182 +40,109 @@ def train(
     """
     import torch
 
-    from loop.kto import artifacts, batch, cache, folders, gradients, groups, loss, model, progress, rows
+    from loop.kto import artifacts, batch, cache, folders, gradients, loss, model, plan, progress, rows, validation
+    from loop.kto.ranks import Ranks
 
     # --- the run: what it is made of, and whether it is an old one
     started = time.monotonic()
+    ranks = Ranks()
     inputs = {
         "data_sha256": folders.hash_files([rows.data_file(data)]),
         "base_sha256": folders.hash_model(model_dir),
-        "settings": settings.model_dump(mode="json", exclude=INDIFFERENT),
+        "settings": settings.model_dump(mode="json", exclude=INDIFFERENT) | {"processes": ranks.count},
     }
     if finished := folders.finished(out, inputs):
         return finished
-    work = folders.open_work(out, inputs)
+    with ranks.first_goes_first():
+        work = folders.open_work(out, inputs)
 
-    # --- data
-    train_rows, counts = _load_rows(settings, data, model_dir)
+    # --- data: what is trained on, and what is only watched
+    every_row, counts = plan.load_rows(settings, data, model_dir)
+    train_rows, watched_rows = validation.split(every_row, settings.validation_share)
+    if not train_rows:
+        raise ValueError(f"{data}: validation_share = {settings.validation_share} leaves no row to train on")
+    if settings.early_stopping_patience and not watched_rows:
+        raise ValueError("early_stopping_patience needs rows to look at: set validation_share above 0")
 
     # --- model: one base, frozen; the policy is the base with the adapter on, the reference with it off
     base = model.load_base(model_dir, settings.quantization, settings.dtype)
     policy = model.attach_lora(base, settings)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    device = base.device
     setup_s = time.monotonic() - started
 
-    with progress.Watch(work, settings.report_to, console) as watch:
-        # --- reference: the batches of an optimiser step each, and log-probs of all rows and mismatched pairs, once
-        depends_on = {"base": inputs["base_sha256"], "device": device.type}
+    with progress.Watch(work, settings.report_to if ranks.is_first else None, console) as watch:
+        # --- reference: batches of an optimiser step each, and log-probs of all rows and mismatched pairs, once
+        depends_on = {"base": inputs["base_sha256"], "device": base.device.type}
         depends_on |= {"quantization": settings.quantization, "dtype": settings.dtype}
         with cache.ReferenceCache(settings.cache, depends_on) as known:
-            batches, others, reference, computed = _reference(settings, policy, train_rows, known, work, watch)
-        counts |= {"rows_without_mismatch": sum(other is None for other in others), "reference_computed": computed}
-        desirable = torch.tensor([row.desirable for row in train_rows], device=device)  # [rows]
-        weight = torch.tensor([row.weight for row in train_rows], device=device)  # [rows]
-        matched, mismatched = reference.matched.to(device), reference.mismatched.to(device)  # [rows] each
+            planned = plan.make_plan(settings, policy, train_rows, known, work, ranks, watch)
+            watched = validation.prepare(settings, policy, watched_rows, known, ranks) if watched_rows else None
 
         # --- optimiser, and the state to go on from
         optimiser = torch.optim.AdamW(
             parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
-        steps = math.ceil(len(batches) * settings.num_train_epochs)
-        state = artifacts.load_checkpoint(policy, work) or {"step": 0, "rows": 0, "train_s": 0.0, "totals": {}}
-        if "optimiser" in state:
-            optimiser.load_state_dict(state["optimiser"])
-            _set_random_state(state["random"])
-        progress.forget_after(work, state["step"])
-        earlier_s, loop_started = state["train_s"], started + setup_s
+        steps = math.ceil(len(planned.batches) * settings.num_train_epochs)
+        run = artifacts.load_checkpoint(policy, optimiser, work, ranks)
+        if ranks.is_first:
+            progress.forget_after(work, run.step)
+        earlier_s, loop_started = run.train_s, started + setup_s
         micro_batch = settings.per_device_train_batch_size
         is_late = False
-        task = watch.task("train", steps, state["step"])
+        task = watch.task("train", steps, run.step)
 
         # --- the loop
-        for step in range(state["step"], steps):
-            is_late = time.monotonic() - started > settings.deadline_s
-            if is_late and step:  # after one step at least: what has learned nothing is not an adapter
-                logger.warning("deadline_s reached after %d of %d steps", step, steps, extra={"action": "deadline"})
+        while run.step < steps and not run.has_stopped_improving(settings.early_stopping_patience):
+            is_late = ranks.any(time.monotonic() - started > settings.deadline_s, base.device)
+            if is_late and run.step:  # after one step at least: what has learned nothing is not an adapter
+                logger.warning("deadline_s reached after %d of %d steps", run.step, steps, extra={"action": "deadline"})
                 break
-            epoch, place = divmod(step, len(batches))
-            group = batches[groups.epoch_order(len(batches), epoch, settings.seed)[place]]
-            indices = torch.tensor(group.rows, device=device)
-            of_others = mismatched[indices]
-            rows_of_step = gradients.Batch(
-                [train_rows[i] for i in group.rows],
-                [others[i] for i in group.rows],
-                matched[indices],
-                of_others[~of_others.isnan()],
-                desirable[indices],
-                weight[indices],
-            )
-            learning_rate = settings.learning_rate * _schedule(settings, step, steps)
+            of_step = planned.batch(run.step, settings.seed)
+            for options in optimiser.param_groups:
+                options["lr"] = settings.learning_rate * _schedule(settings, run.step, steps)
 
             logps, z0, micro_batch = gradients.backward_within_memory(
-                policy, rows_of_step, beta=settings.beta, micro_batch=micro_batch
+                policy, of_step, beta=settings.beta, micro_batch=micro_batch, ranks=ranks
             )
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            batch.check_finite(norm.expand(len(indices)), rows_of_step.rows, f"step {step + 1}: the gradient's norm")
-            for options in optimiser.param_groups:
-                options["lr"] = learning_rate
+            batch.check_finite(norm.expand(len(logps)), of_step.rows, f"step {run.step + 1}: the gradient's norm")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
-            metrics = loss.kto_metrics(logps, matched[indices], desirable[indices], weight[indices], z0, settings.beta)
-            metrics |= {"grad_norm": float(norm), "learning_rate": learning_rate}
-            state = _after_step(state, metrics, len(indices), earlier_s + time.monotonic() - loop_started)
-            rate = state["rows"] / state["train_s"]
-            watch.advance(task, step + 1, _figures(metrics, rate))
-            if (step + 1) % settings.logging_steps == 0 or step + 1 == steps:
-                place_in_run = {"step": step + 1, "epoch": (step + 1) / len(batches), "rows_per_s": rate}
-                watch.log(place_in_run | metrics)
-            if (step + 1) % settings.save_steps == 0 and step + 1 < steps:
-                saved = state | {"optimiser": optimiser.state_dict(), "random": _random_state()}
-                artifacts.save_checkpoint(policy, saved, work, step + 1)
+            metrics = loss.kto_metrics(logps, of_step.matched, of_step.desirable, of_step.weight, z0, settings.beta)
+            metrics |= {"grad_norm": float(norm), "learning_rate": optimiser.param_groups[0]["lr"]}
+            run.count(metrics, len(logps), earlier_s + time.monotonic() - loop_started)
+            is_last = run.step == steps
+            if watched is not None and (is_last or run.step % settings.eval_steps == 0):
+                run.look(watched.figures(policy, ranks), policy)
+                metrics |= run.looked
+            watch.advance(task, run.step, _figures(metrics, run.rows_per_s))
+            if is_last or run.step % settings.logging_steps == 0 or "eval_loss" in metrics:
+                where = {"step": run.step, "epoch": run.step / len(planned.batches), "rows_per_s": run.rows_per_s}
+                watch.log(where | metrics)
+            if not is_last and run.step % settings.save_steps == 0:
+                artifacts.save_checkpoint(policy, optimiser, run, work, ranks)
 
     # --- the adapter, its manifest and the figures; then all of it at once
-    result = {name: total / state["step"] for name, total in state["totals"].items()} | {
+    if settings.early_stopping_patience and run.best:
+        run.go_back_to_best(policy)
+    result = run.figures() | {
         "rows": len(train_rows),
+        "rows_validation": len(watched_rows),
         **counts,
-        "steps": state["step"],
+        "rows_without_mismatch": sum(other is None for other in planned.others),
+        "reference_computed": planned.computed,
         "steps_planned": steps,
         "deadline_reached": is_late,
-        "rows_per_s": state["rows"] / state["train_s"] if state["train_s"] else 0.0,
-        "train_s": state["train_s"],
         "setup_s": setup_s,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
     }
-    manifest = inputs | {"data": data.name, "base": model_dir.name, "metrics": result}
-    artifacts.publish_run(policy, manifest, work, out)
+    if ranks.is_first:
+        manifest = inputs | {"data": data.name, "base": model_dir.name, "metrics": result}
+        artifacts.publish_run(policy, manifest, work, out)
+    ranks.wait()
     return result
-
-
-def _load_rows(settings: TrainSettings, data: Path, model_dir: Path) -> tuple[list[Row], dict[str, int]]:
-    """The rows that fit, and how many did not."""
-    from loop.kto import model, rows, template
-
-    tokenizer = model.load_tokenizer(model_dir)
-    chat_template = template.read_chat_template(settings.chat_template)
-    weights = (settings.desirable_weight, settings.undesirable_weight)
-    records = rows.read_records(data)
-    every_row = [rows.row_of(record, place, tokenizer, chat_template, weights) for place, record in records]
-    fitting, counts = rows.fit(every_row, settings.max_length, settings.truncation)
-    if not fitting:
-        raise ValueError(f"{data}: none of {len(every_row)} rows is within max_length = {settings.max_length} tokens")
-    return fitting, counts
-
-
-def _reference(
-    settings: TrainSettings,
-    policy: PeftModel,
-    train_rows: list[Row],
-    cache: ReferenceCache,
-    work: Path,
-    watch: Watch,
-) -> tuple[list[Group], list[Tokens | None], Reference, int]:
-    """The batches, each row's mismatched completion, the reference's log-probs, and how many were not in the cache.
-
-    A resumed run finds its groups and log-probs in its work folder, whatever has become of the cache.
-    """
-    import torch
-
-    from loop.kto import batch, groups, model
-
-    file = work / "reference.safetensors"
-    conversations = [row.conversation for row in train_rows]
-    size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    reference = batch.load_reference(file) if file.exists() else None
-    if reference is None:
-        plan = f"{size} rows, seed {settings.seed}"
-        numbers = groups.number_groups(conversations, size, settings.seed, cache.groups(plan, train_rows))
-        cache.keep_groups(plan, train_rows, numbers)
-    else:
-        numbers = reference.groups.tolist()
-    made = groups.make_groups(conversations, numbers)
-    if settings.objective == "kto":
-        others = batch.mismatched_completions(train_rows, made, settings.max_length)
-        _warn_of_rows_without_mismatch(sum(other is None for other in others), len(train_rows))
-    else:  # without mismatched pairs z0 is 0, which is all that tells APO-zero from KTO
-        others = [None] * len(train_rows)
-    computed = 0
-    if reference is None:
-        task = watch.task("reference", len(train_rows))
-        with model.scoring(policy, None):
-            matched, mismatched, computed = batch.reference_logps(
-                policy, train_rows, others, cache, lambda done: watch.advance(task, done)
-            )
-        reference = batch.Reference(matched, mismatched, torch.tensor(numbers))
-        batch.save_reference(reference, file)
-    return groups.make_batches(made, size, settings.seed), others, reference, computed
-
-
-def _warn_of_rows_without_mismatch(without: int, rows: int) -> None:
-    if without:
-        logger.warning(
-            "%d of %d rows leave z0's mean: their group has no other conversation; a group without any has z0 = 0",
-            without,
-            rows,
-            extra={"action": "rows_without_mismatch"},
-        )
 
 
 def _schedule(settings: TrainSettings, step: int, steps: int) -> float:
@@ -240,29 +160,19 @@ def _schedule(settings: TrainSettings, step: int, steps: int) -> float:
             return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _after_step(state: dict[str, Any], metrics: dict[str, float], rows: int, train_s: float) -> dict[str, Any]:
-    totals = {name: state["totals"].get(name, 0.0) + metrics[name] for name in ("loss", "kl")}
-    return {"step": state["step"] + 1, "rows": state["rows"] + rows, "train_s": train_s, "totals": totals}
-
-
 def _figures(metrics: dict[str, float], rows_per_s: float) -> str:
     margin = metrics.get("rewards/margins", math.nan)
     return f"loss {metrics['loss']:.4f}  kl {metrics['kl']:.3f}  margin {margin:+.3f}  {rows_per_s:.1f} rows/s"
 
 
-def _random_state() -> dict[str, Any]:
-    import torch
-
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    import torch
-
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
+def command(settings: TrainSettings, settings_json: Path, data: Path, model_dir: Path, out: Path) -> list[str]:
+    """The module and arguments behind `python -m` that train in processes of their own."""
+    program = ["loop.kto.train"]
+    if settings.processes > 1:
+        program = ["torch.distributed.run", "--standalone", f"--nproc-per-node={settings.processes}"]
+        program += ["-m", "loop.child", "loop.kto.train"]  # torchrun's children end with whoever holds its input
+    named = {"settings-json": settings_json, "data": data, "model": model_dir, "out": out}
+    return [*program, *(f"--{name}={path}" for name, path in named.items())]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -271,12 +181,17 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("--settings-json", "--data", "--model", "--out"):
         parser.add_argument(name, type=Path, required=True)
     given = parser.parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("loop").setLevel(logging.INFO)
     try:
         settings = TrainSettings.model_validate_json(given.settings_json.read_text())
         result = train(settings, given.data, given.model, given.out)
     except (ValueError, FloatingPointError) as exc:
         sys.exit(f"thumbwheel train: {exc}")
-    print(json.dumps(result), flush=True)
+    from loop.kto.ranks import Ranks
+
+    if Ranks().is_first:
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

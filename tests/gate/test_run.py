@@ -14,8 +14,9 @@ import torch
 
 from loop.gate.probe import ProbeError, generate
 from loop.gate.run import EngineProbe, GateResult, run_gate
-from loop.gate.scoring import kl_to_base, score
+from loop.gate.scoring import score
 from loop.gate.verdict import Check
+from loop.kto.divergence import kl_to_base
 from loop.kto.model import load_adapters, load_base
 from loop.settings import GateSettings
 from tests.gate.conftest import World

@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -6,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from loop.kto.pack import Prompted, pack
 from loop.kto.rows import Row, fit, read_records, row_of
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -29,6 +31,33 @@ def test_messages_go_through_the_chat_template_and_the_completion_ends_with_eos(
         assert text(tokenizer, row.prompt_ids) == "<user>Hi\n<assistant>"
         assert text(tokenizer, row.completion_ids) == "Hello.</s>"
         assert row.completion_ids.count(EOS) == 1
+
+
+def test_the_completion_ends_with_the_token_that_the_template_ends_a_turn_with(tmp_path: Path, tokenizer: Any) -> None:
+    gemmas = copy.deepcopy(tokenizer)
+    gemmas.add_special_tokens({"extra_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    gemmas.chat_template = (
+        "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+    )
+    (row,) = load([{"prompt": MESSAGES, "completion": "Hello.", "label": True}], tmp_path, gemmas)
+    assert text(gemmas, row.completion_ids) == "Hello.<end_of_turn>"
+    (plain,) = load([{"prompt": "Hi", "completion": "Hello.", "label": True}], tmp_path, gemmas)
+    assert plain.completion_ids[-1] == EOS
+
+
+def test_nothing_but_the_assistants_last_words_is_scored(tmp_path: Path, tokenizer: Any) -> None:
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Where is it?"},
+        {"role": "assistant", "content": "I look."},
+        {"role": "tool", "content": "shipped"},
+        {"role": "user", "content": "Well?"},
+    ]
+    (row,) = load([{"prompt": turns, "completion": "Under way.", "label": True}], tmp_path, tokenizer)
+    batch = pack([Prompted(row.prompt_ids, (row.completion_ids,))])
+    assert text(tokenizer, batch.targets.tolist()) == "Under way.</s>"
+    assert batch.scored.tolist() == list(range(len(row.prompt_ids) - 1, len(row.prompt_ids) + len("Under way.")))
 
 
 def test_a_named_template_takes_the_place_of_the_models_own(tmp_path: Path, tokenizer: Any) -> None:
@@ -122,7 +151,7 @@ def test_parquet_holds_the_same_rows_as_jsonl(tmp_path: Path, tokenizer: Any) ->
     assert [row.conversation for row in from_folder] == [row.conversation for row in from_jsonl]
 
 
-def test_rows_that_are_too_long_are_dropped_or_lose_the_prompts_beginning_and_are_counted() -> None:
+def test_rows_that_are_too_long_are_dropped_or_cut_at_one_side_and_are_counted() -> None:
     def row(prompt: int, completion: int) -> Row:
         return Row("r", list(range(prompt)), [7] * completion, True, 1.0, "c")
 
@@ -132,4 +161,7 @@ def test_rows_that_are_too_long_are_dropped_or_lose_the_prompts_beginning_and_ar
     assert counts == {"rows_too_long": 2, "rows_truncated": 0}
     kept, counts = fit(rows, 8, "keep_end")
     assert [r.prompt_ids for r in kept] == [[0, 1, 2, 3], [5, 6, 7, 8]]
+    assert counts == {"rows_too_long": 1, "rows_truncated": 1}
+    kept, counts = fit(rows, 8, "keep_start")
+    assert [len(r.completion_ids) for r in kept] == [4, 6]
     assert counts == {"rows_too_long": 1, "rows_truncated": 1}

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from loop.kto.batch import reference_logps
+from loop.kto.cache import ReferenceCache
 from loop.kto.folders import partial_dir
+from loop.kto.gradients import Batch, backward
+from loop.kto.model import attach_lora, load_adapters, load_base, scoring
+from loop.kto.ranks import Ranks
 from loop.kto.rows import Row
 from loop.kto.score import score_rows
 from loop.kto.train import train
@@ -84,8 +91,6 @@ def test_a_run_learns_and_leaves_an_adapter_a_manifest_and_its_figures(
 def test_the_adapter_loads_in_peft_and_scores_there_as_here(
     data: Path, model_dir: Path, tmp_path: Path, make_rows: Callable[..., list[Row]]
 ) -> None:
-    from loop.kto.model import load_adapters, load_base
-
     out = tmp_path / "out"
     train(SETTINGS, data, model_dir, out, console=quiet())
     rows = make_rows(5, seed=9)
@@ -267,11 +272,11 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint_to_go_on_from(
     train(SETTINGS, data, model_dir, tmp_path / "whole", console=quiet())
     save = torch.save
 
-    def full_at_step_4(state: dict[str, int], path: Path) -> None:
-        if state["step"] == 4:
+    def full_at_step_4(kept: dict[str, Any], path: Path) -> None:
+        if kept["state"]["step"] == 4:
             path.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(state, path)
+        save(kept, path)
 
     monkeypatch.setattr(artifacts.torch, "save", full_at_step_4)
     with pytest.raises(OSError, match="No space left"):
@@ -291,6 +296,76 @@ def test_apo_zero_needs_no_mismatched_pairs(data: Path, model_dir: Path, tmp_pat
     assert "APO-zero" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_last_row_alone_is_mismatched_with_no_completion_of_its_own_and_leaves_the_mean(
+    model_dir: Path, tmp_path: Path, make_rows: Callable[..., list[Row]], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [replace(row, conversation="one" if index < 7 else row.row_id) for index, row in enumerate(make_rows(8))]
+    result = train(SETTINGS, write(rows, tmp_path / "rows.jsonl"), model_dir, tmp_path / "out", console=quiet())
+    assert 0 < result["rows_without_mismatch"] < 8  # groups of "one" alone have nobody to be mismatched with
+    assert f"{result['rows_without_mismatch']} of 8 rows leave z0's mean" in caplog.text
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_batches_of_one_label_alone_train(
+    label: bool, model_dir: Path, tmp_path: Path, make_rows: Callable[..., list[Row]]
+) -> None:
+    data = write(make_rows(8, label=label), tmp_path / "rows.jsonl")
+    settings = SETTINGS.model_copy(update={"num_train_epochs": 8})
+    train(settings, data, model_dir, tmp_path / "out", console=quiet())
+    lines = metrics_of(tmp_path / "out")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert ("rewards/chosen" in lines[-1], "rewards/rejected" in lines[-1]) == (label, not label)
+
+
+def test_weights_count_the_same_on_the_fast_path_and_off_it(
+    lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]]
+) -> None:
+    weights_of_rows = (0.0, 2.5, 0.4, 1.0, 0.0, 3.0)
+    rows = [replace(row, weight=weight) for row, weight in zip(make_rows(6), weights_of_rows, strict=True)]
+    others = [rows[index - 1].completion_ids for index in range(6)]
+    gradients = []
+    for micro_batch in (6, 2):  # prompts shared with the mismatched pass, and not
+        policy = lora_model()
+        with scoring(policy, None):
+            matched, mismatched, _ = reference_logps(policy, rows, others, ReferenceCache(None, {}), Ranks())
+        desirable, weight = torch.tensor([r.desirable for r in rows]), torch.tensor([r.weight for r in rows])
+        batch = Batch(rows, others, matched, mismatched, desirable, weight)
+        backward(policy, batch, beta=0.1, micro_batch=micro_batch, ranks=Ranks())
+        gradients.append([p.grad for p in policy.parameters() if p.requires_grad])
+        weightless = Batch(rows, others, matched, mismatched, desirable, torch.zeros(6))
+        policy.zero_grad()
+        backward(policy, weightless, beta=0.1, micro_batch=micro_batch, ranks=Ranks())
+        assert all(not p.grad.any() for p in policy.parameters() if p.requires_grad)
+    for fast, slow in zip(*gradients, strict=True):
+        assert ((fast - slow).norm() / slow.norm()).item() < 1e-5
+
+
+def test_class_weights_come_from_the_numbers_of_both_labels_and_are_in_the_log(
+    model_dir: Path, tmp_path: Path, make_rows: Callable[..., list[Row]], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [replace(row, desirable=index < 9) for index, row in enumerate(make_rows(12))]
+    data = tmp_path / "rows.jsonl"
+    fields = ("prompt_ids", "completion_ids")
+    with data.open("w") as file:
+        for row in rows:
+            file.write(json.dumps({name: getattr(row, name) for name in fields} | {"label": row.desirable}) + "\n")
+    caplog.set_level("INFO", "loop")
+    result = train(SETTINGS, data, model_dir, tmp_path / "out", console=quiet())
+    # 9 up, 3 down: λ_U is raised until 9 / (3 λ_U) = 4/3, the nearer end of the paper's range.
+    assert "λ_D = 1, λ_U = 2.25" in caplog.text
+    assert (result["weight_desirable"], result["weight_undesirable"]) == (9.0, 6.75)
+    given = SETTINGS.model_copy(update={"desirable_weight": 1.0, "undesirable_weight": 1.0})
+    assert train(given, data, model_dir, tmp_path / "given", console=quiet())["weight_undesirable"] == 3.0
+
+
+def test_lora_dropout_is_as_the_user_set_it_and_the_bases_is_off(model_dir: Path) -> None:
+    settings = SETTINGS.model_copy(update={"lora_dropout": 0.3})
+    policy = attach_lora(load_base(model_dir, "none", "float32"), settings)
+    rates = {name: m.p for name, m in policy.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates
+    assert all(rate == (0.3 if "lora_dropout" in name else 0.0) for name, rate in rates.items())
+
+
 def test_one_conversation_alone_trains_with_z0_at_zero_and_says_so(
     model_dir: Path, tmp_path: Path, make_rows: Callable[..., list[Row]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -299,12 +374,6 @@ def test_one_conversation_alone_trains_with_z0_at_zero_and_says_so(
     assert result["rows_without_mismatch"] == 8
     assert result["kl"] == 0.0
     assert "8 of 8 rows leave z0's mean" in caplog.text
-
-
-def test_tensorboard_gets_the_metrics_where_it_is_asked_for(data: Path, model_dir: Path, tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"report_to": "tensorboard"})
-    train(settings, data, model_dir, tmp_path / "out", console=quiet())
-    assert list((tmp_path / "out" / "tensorboard").glob("events*"))
 
 
 def test_a_mistake_in_the_settings_is_found_before_torch_is_loaded(tmp_path: Path) -> None:

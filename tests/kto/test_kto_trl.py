@@ -16,6 +16,7 @@ from loop.kto.gradients import Batch, backward
 from loop.kto.groups import mismatch
 from loop.kto.loss import kto_losses, reference_point
 from loop.kto.model import scoring
+from loop.kto.ranks import Ranks
 from loop.kto.rows import Row
 
 
@@ -69,7 +70,7 @@ def test_loss_and_every_lora_gradient_are_trls(
     trl_loss.backward()
 
     with scoring(ours, None):
-        matched, mismatched, _ = reference_logps(ours, rows, others, ReferenceCache(None, {}))
+        matched, mismatched, _ = reference_logps(ours, rows, others, ReferenceCache(None, {}), Ranks())
     policy, policy_others = policy_and_mismatched_logps(ours, rows, others)
     z0 = reference_point(policy_others, mismatched)
     desirable, weight = torch.tensor([r.desirable for r in rows]), torch.tensor([r.weight for r in rows])
@@ -108,16 +109,16 @@ def test_apo_zero_is_trls(
 
     none: list[None] = [None] * len(rows)
     with scoring(ours, None):
-        matched, mismatched, _ = reference_logps(ours, rows, none, ReferenceCache(None, {}))
+        matched, mismatched, _ = reference_logps(ours, rows, none, ReferenceCache(None, {}), Ranks())
     step = Batch(
         rows,
         none,
         matched,
-        mismatched[~mismatched.isnan()],
+        mismatched,
         torch.tensor([row.desirable for row in rows]),
         torch.tensor([row.weight for row in rows]),
     )
-    logps, z0 = backward(ours, step, beta=0.1, micro_batch=8)
+    logps, z0 = backward(ours, step, beta=0.1, micro_batch=8, ranks=Ranks())
     assert z0 == 0
     loss = kto_losses(logps, matched, step.desirable, step.weight, z0, beta=0.1).mean()
     assert loss.item() == pytest.approx(trl_loss.item(), abs=1e-6)
