@@ -17,14 +17,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 
 from loop.log import LogUnavailableError, NewRecord, Record
-from loop.log.file import OFFSET_BITS, open_file, read_slot, sync_folder, transaction, unavailable
+from loop.log.file import NEXT_ID, OFFSET_BITS, next_id, open_file, read_slot, sync_folder, transaction, unavailable
 from loop.log.groups import GroupConsumer
 from loop.log.partition import partition_of
 
+_INSERT = "INSERT INTO records (id, timestamp_ms, key, headers, value) VALUES (?, ?, ?, ?, ?)"
 RETENTION_EVERY_S = 60.0
 RETENTION_ROWS = 1_000  # deleted in one transaction, so that appends do not wait for long
 
@@ -63,24 +63,15 @@ class EmbeddedLog:
         """
         now_ms = int(time.time() * 1000)
         with self._transaction() as connection:
-            placed = sorted(
-                ((self._slot(connection, record.topic, record.key), record) for record in records), key=lambda at: at[0]
-            )
-            for slot, group in groupby(placed, key=lambda at: at[0]):
-                rows = [record for _, record in group]
-                (end,) = connection.execute(
-                    "UPDATE slots SET next = next + ? WHERE slot = ? RETURNING next", (len(rows), slot)
-                ).fetchone()
-                first = (slot << OFFSET_BITS) + end - len(rows)
-                connection.executemany(
-                    "INSERT INTO records (id, timestamp_ms, key, headers, value) VALUES (?, ?, ?, ?, ?)",
-                    (
-                        (first + n, now_ms, key, json.dumps(dict(headers)) if headers else None, value)
-                        for n, (_, key, value, headers) in enumerate(rows)
-                    ),
-                )
-            for name, value in (meta or {}).items():
-                connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+            next_ids: dict[int, int] = {}
+            for topic, key, value, headers in records:
+                slot = self._slot(connection, topic, key)
+                row_id = next_ids[slot] if slot in next_ids else next_id(connection, slot)
+                next_ids[slot] = row_id + 1
+                written = json.dumps(dict(headers)) if headers else None
+                connection.execute(_INSERT, (row_id, now_ms, key, written, value))
+            for name, text in (meta or {}).items():
+                connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
         if self._retention_s is not None and time.monotonic() > self._next_retention:
             self._next_retention = time.monotonic() + RETENTION_EVERY_S
             self.drop_older_than(now_ms - int(self._retention_s * 1000))
@@ -123,8 +114,9 @@ class EmbeddedLog:
     def end_offsets(self, topic: str) -> dict[int, int]:
         """The next offset of each partition."""
         with self._lock, unavailable(self.path):
-            query = "SELECT partition, next FROM slots WHERE topic = ? ORDER BY partition"
-            found = dict(self._connection.execute(query, (topic,)).fetchall())
+            query = f"SELECT partition, slot, {NEXT_ID} FROM slots WHERE topic = ? ORDER BY partition"
+            rows = self._connection.execute(query, (topic,)).fetchall()
+        found = {partition: end - (slot << OFFSET_BITS) for partition, slot, end in rows}
         return found or dict.fromkeys(range(self.partitions), 0)
 
     def used_bytes(self) -> int:
@@ -141,8 +133,8 @@ class EmbeddedLog:
     def drop_before(self, topic: str, partition: int, offset: int) -> None:
         """Delete a partition's records below `offset`."""
         with self._transaction() as connection:
-            first = self._topic(connection, topic)[partition] << OFFSET_BITS
-            connection.execute("DELETE FROM records WHERE id >= ? AND id < ?", (first, first + offset))
+            slot = self._topic(connection, topic)[partition]
+            _drop(connection, slot, (slot << OFFSET_BITS) + offset)
 
     def drop_older_than(self, timestamp_ms: int) -> int:
         """Delete records that were appended before `timestamp_ms`, oldest first; returns how many."""
@@ -158,9 +150,7 @@ class EmbeddedLog:
                     ).fetchall()
                     kept = next((id for id, at_ms in rows if at_ms >= timestamp_ms), None)
                     end = kept if kept is not None else rows[-1][0] + 1 if rows else slot << OFFSET_BITS
-                    deleted = connection.execute(
-                        "DELETE FROM records WHERE id >= ? AND id < ?", (slot << OFFSET_BITS, end)
-                    ).rowcount
+                    deleted = _drop(connection, slot, end)
                 dropped += deleted
                 if deleted < RETENTION_ROWS:
                     break
@@ -191,9 +181,21 @@ class EmbeddedLog:
         if not slots:
             rows = [(topic, partition) for partition in range(self.partitions)]
             # Another connection may make the topic at the same moment: the same rows, so either one will do.
-            connection.executemany("INSERT OR IGNORE INTO slots (topic, partition, next) VALUES (?, ?, 0)", rows)
+            connection.executemany("INSERT OR IGNORE INTO slots (topic, partition, dropped) VALUES (?, ?, 0)", rows)
             slots = [slot for (slot,) in connection.execute(query, (topic,)).fetchall()]
             if connection.in_transaction:
                 return slots  # not remembered: this transaction may still be rolled back
         self._slots[topic] = slots
         return slots
+
+
+def _drop(connection: sqlite3.Connection, slot: int, end: int) -> int:
+    """Delete a slot's records with ids below `end`, which stay given away; returns how many they were."""
+    first = slot << OFFSET_BITS
+    last = connection.execute(
+        "SELECT id FROM records WHERE id >= ? AND id < ? ORDER BY id DESC LIMIT 1", (first, end)
+    ).fetchone()
+    if last is None:
+        return 0
+    connection.execute("UPDATE slots SET dropped = max(dropped, ?) WHERE slot = ?", (last[0] + 1, slot))
+    return connection.execute("DELETE FROM records WHERE id >= ? AND id < ?", (first, end)).rowcount

@@ -19,7 +19,7 @@ OFFSET_BITS = 44
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS slots (
-    slot INTEGER PRIMARY KEY, topic TEXT NOT NULL, partition INTEGER NOT NULL, next INTEGER NOT NULL,
+    slot INTEGER PRIMARY KEY, topic TEXT NOT NULL, partition INTEGER NOT NULL, dropped INTEGER NOT NULL,
     UNIQUE (topic, partition)
 );
 CREATE TABLE IF NOT EXISTS records (
@@ -36,6 +36,15 @@ CREATE TABLE IF NOT EXISTS leases (
     consumer_group TEXT, partition INTEGER, member TEXT NOT NULL, PRIMARY KEY (consumer_group, partition)
 ) WITHOUT ROWID;
 """
+
+
+# The id of a slot's next record: behind its last one, or behind the last one that was ever dropped from it. Looked up,
+# not counted: a counter would be one more page to write with each record.
+NEXT_ID = f"""max(dropped, slot << {OFFSET_BITS}, coalesce((
+    SELECT id + 1 FROM records WHERE id >= slot << {OFFSET_BITS} AND id < (slot + 1) << {OFFSET_BITS}
+    ORDER BY id DESC LIMIT 1
+), 0))"""
+_NEXT_ID = f"SELECT {NEXT_ID} FROM slots WHERE slot = ?"
 
 
 @contextmanager
@@ -68,6 +77,12 @@ def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[sqlite3.
             if connection.in_transaction:  # SQLite has rolled back by itself after some errors
                 connection.execute("ROLLBACK")
             raise
+
+
+def next_id(connection: sqlite3.Connection, slot: int) -> int:
+    """The row id that the slot's next record gets."""
+    ((found,),) = connection.execute(_NEXT_ID, (slot,)).fetchall()
+    return int(found)
 
 
 def read_slot(

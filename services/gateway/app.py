@@ -134,7 +134,8 @@ def _parts(settings: Settings) -> Callable[[web.Application], AsyncIterator[None
     async def opened(app: web.Application) -> AsyncIterator[None]:
         gateway = settings.gateway
         log = open_spool(settings.log, gateway.gateway_id)
-        spool = Spool(log, gateway.spool_quota_bytes)
+        journal = log.path.with_name(f"journal-{gateway.gateway_id}")
+        spool = Spool(log, gateway.spool_quota_bytes, journal, gateway.capture_timeout_s)
         engines = Engines(settings.engine)
         routes = RouteWatch(settings.engine.alias, gateway.gateway_id, settings.store, log, gateway.route_poll_s)
         app[PARTS] = Parts(settings, engines, routes, spool, HybridClock(int(log.get_meta(CLOCK) or 0)))

@@ -148,7 +148,7 @@ def _log_stream(parts: Parts, exchange: Exchange, stream: EventStream, is_comple
 def _log(
     parts: Parts, exchange: Exchange, read: Callable[[], Transcript], size: int, *, is_aborted: bool = False
 ) -> asyncio.Future[bool]:
-    """Hand the response to the spool; the answer is read there, in its thread."""
+    """Hand the response to the spool."""
     ended_s = time.monotonic()
 
     def build() -> NewRecord:
@@ -167,6 +167,10 @@ def _log(
 
 async def _wait(written: asyncio.Future[bool], exchange: Exchange, parts: Parts) -> None:
     """Until the response is in the spool or its time is over: then it counts as lost, though it may still get there."""
+    if written.done():  # in the journal
+        if written.result():
+            _responses_logged(exchange.arm).inc()
+        return
     timer = asyncio.get_running_loop().call_later(parts.gateway.capture_timeout_s, _expire, written)
     if await written:
         _responses_logged(exchange.arm).inc()

@@ -1,8 +1,8 @@
-"""The gateway's disk spool: one thread that writes responses and feedback, many at a time.
+"""The gateway's disk spool: a journal that responses go to first, and a thread that writes to the log, many at a time.
 
-With the embedded log the spool is the log itself; else `forward.py` carries its records to the broker. The event loop
-never waits for the disk: it hands a record over and gets a future. Records are built in the thread too, so that what
-costs time there (encoding; later redaction) holds up no stream.
+With the embedded log the spool is the log itself; else `forward.py` carries its records to the broker. Feedback goes to
+the thread, and is done when it is on disk. A response is done when it is in the journal (see there). Where the disk has
+turned slow, or the quota is used up, responses go to the thread as well for a while, and no stream waits for a write.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from loop import metrics
 from loop.log import LogUnavailableError, NewRecord
 from loop.log.embedded import EmbeddedLog
+from services.gateway.journal import Journal, Place, recover
 
 SYNC_WITHIN_S = 0.2
+COLLECT_S = 0.02  # how long responses, which are safe already, wait for others to be committed with
+AVOID_SLOW_DISK_S = 10.0
+RETRY_S = 0.5
 QUOTA_EVERY_S = 0.5
 MAX_BATCH = 500
 MAX_WAITING_BYTES = 128 * 1024 * 1024
@@ -30,19 +35,31 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One record to write. Feedback has a `stamp` and is done when it is on disk; a response when it is in the WAL."""
+    """One record to write. Feedback has a `stamp` and is done when it is on disk; a response when it is in the WAL, or
+    was done before, where it has a `place` in the journal.
+    """
 
     build: Callable[[], NewRecord]
     size: int
     done: asyncio.Future[bool]
     stamp: int | None = None
     record: NewRecord | None = None
+    place: Place | None = None
 
 
 class Spool:
     """Writes to `log` from a thread of its own; all its methods are called on the event loop."""
 
-    def __init__(self, log: EmbeddedLog, quota_bytes: int) -> None:
+    def __init__(self, log: EmbeddedLog, quota_bytes: int, journal: Path, slow_s: float) -> None:
+        """`journal`: the stem of its files; an append of over `slow_s` shows a slow disk. Raises LogUnavailableError
+        and OSError where what an earlier process has left cannot be taken up.
+        """
+        if count := recover(journal, log.append):
+            _log.warning("%d responses taken up from the journal", count, extra={"action": "journal_recovered"})
+        self._journal = Journal(journal)
+        self._slow_s = slow_s
+        self._slow_until = 0.0
+        self._hurry = threading.Event()
         self._log = log
         self._quota_bytes = quota_bytes
         self._loop = asyncio.get_running_loop()
@@ -58,52 +75,85 @@ class Spool:
 
     def put_response(self, build: Callable[[], NewRecord], size: int) -> asyncio.Future[bool]:
         """Write a response: True once it would survive kill -9, False where it is lost (which is counted)."""
+        job = _Job(build, size, self._loop.create_future())
         if self._put_bytes - self._taken_bytes > MAX_WAITING_BYTES:
-            metrics.gateway_responses_lost.labels("backlog").inc()
-            done: asyncio.Future[bool] = self._loop.create_future()
-            done.set_result(False)
-            return done
-        return self._put(_Job(build, size, self._loop.create_future()))
+            self._lose(job, "backlog")
+        elif self._is_full or time.monotonic() < self._slow_until:
+            self._put(job)
+        elif self._build(job) and self._write_ahead(job):
+            job.done.set_result(True)
+            self._put(job)
+        return job.done
 
     def put_feedback(self, record: NewRecord, stamp: int) -> asyncio.Future[bool]:
         """Write feedback and the clock's `stamp` with it: True once both are on disk."""
-        return self._put(_Job(lambda: record, len(record.value), self._loop.create_future(), stamp))
+        job = _Job(lambda: record, len(record.value), self._loop.create_future(), stamp)
+        self._put(job)
+        return job.done
 
     async def close(self) -> None:
         """Write what was handed over, sync, end the thread."""
         self._jobs.put(None)
+        self._hurry.set()
         await asyncio.to_thread(self._thread.join)
 
-    def _put(self, job: _Job) -> asyncio.Future[bool]:
+    def _put(self, job: _Job) -> None:
         self._put_bytes += job.size
         self._jobs.put(job)
-        return job.done
+        if job.place is None:
+            self._hurry.set()
+
+    def _write_ahead(self, job: _Job) -> bool:
+        assert job.record is not None
+        started_s = time.monotonic()
+        try:
+            job.place = self._journal.append(job.record)
+        except OSError as exc:
+            self._fail(exc)
+            self._lose(job, "failed")
+            return False
+        ended_s = time.monotonic()
+        if ended_s - started_s > self._slow_s:
+            metrics.gateway_responses_lost.labels("late").inc()
+            self._slow_until = ended_s + AVOID_SLOW_DISK_S
+        return True
+
+    def _lose(self, job: _Job, reason: str) -> None:
+        metrics.gateway_responses_lost.labels(reason).inc()
+        job.done.set_result(False)
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         is_open = True
+        kept: list[_Job] = []  # of the journal, which the log has not taken so far
         while is_open:
-            batch, is_open = self._next_batch()
+            batch, is_open = self._next_batch(is_waiting=not kept)
+            batch = [*kept, *batch]
             if batch:
                 try:
-                    self._write(batch)
+                    kept = self._write(batch)
                 except Exception:  # the thread must live: without it every feedback would fail
                     _log.exception("spool batch failed", extra={"action": "spool_failed"})
                     self._give_up(batch, "failed")
+                    kept = []
             if self._unsynced_since is not None and (
                 not is_open or time.monotonic() >= self._unsynced_since + SYNC_WITHIN_S
             ):
                 self._sync()
+        if not kept:
+            self._journal.close()
 
-    def _next_batch(self) -> tuple[list[_Job], bool]:
-        """Everything that waits, up to MAX_BATCH; empty when a sync is due. False: the last one."""
-        timeout_s = None
+    def _next_batch(self, *, is_waiting: bool) -> tuple[list[_Job], bool]:
+        """Everything that waits, up to MAX_BATCH; empty when a sync or another try is due. False: the last one."""
+        timeout_s = None if is_waiting else RETRY_S
         if self._unsynced_since is not None:
             timeout_s = max(0.0, self._unsynced_since + SYNC_WITHIN_S - time.monotonic())
         batch: list[_Job] = []
         try:
             job = self._jobs.get(timeout=timeout_s)
+            self._hurry.wait(COLLECT_S)
+            self._hurry.clear()
             while job is not None:
                 batch.append(job)
                 self._taken_bytes += job.size
@@ -114,27 +164,35 @@ class Spool:
             return batch, True
         return batch, False
 
-    def _write(self, batch: list[_Job]) -> None:
-        responses = [job for job in batch if job.stamp is None]
+    def _write(self, batch: list[_Job]) -> list[_Job]:
+        """Commit the batch; returns those of the journal that are to be tried again."""
+        journaled = [job for job in batch if job.place is not None]
+        responses = [job for job in batch if job.place is None and job.stamp is None]
         feedback = [job for job in batch if job.stamp is not None]
-        if responses and self._is_over_quota():
+        if self._is_over_quota() and responses:
             self._give_up(responses, "quota")
             responses = []
         responses = [job for job in responses if self._build(job)]
         for job in feedback:
             job.record = job.build()
-        if not self._commit([*responses, *feedback]):
+        kept: list[_Job] = []
+        if not self._commit([*journaled, *responses, *feedback]):
             # What made the whole batch fail may be the size of its responses; feedback gets a try of its own.
+            kept, journaled = journaled, []
             self._give_up(responses, "failed")
             responses = []
             if not feedback or not self._commit(feedback):
                 self._settle(feedback, False)
-                return
+                return kept
+        if journaled and (place := journaled[-1].place) is not None:
+            self._journal.done(place)
         self._settle(responses, True)
         if feedback:
             self._settle(feedback, self._sync())
+        return kept
 
     def _build(self, job: _Job) -> bool:
+        """On the event loop for the journal, in the thread where that is avoided."""
         try:
             job.record = job.build()
         except Exception:  # a capture that fails costs its event, never more

@@ -18,6 +18,7 @@ from loop.events import FeedbackGiven, ResponseLogged, decode_feedback, decode_r
 from loop.log.embedded import EmbeddedLog
 from loop.settings import EngineSettings, GatewaySettings, LogSettings, Settings, StoreSettings
 from services.gateway.app import create_app, create_metrics_app
+from services.gateway.journal import left_in
 from services.gateway.parts import PARTS, Parts
 from tests.stub_engine import StubEngine, create_stub
 
@@ -34,7 +35,9 @@ async def serve(app: web.Application) -> tuple[web.AppRunner, str]:
 
 
 def read_spool(path: Path) -> tuple[list[ResponseLogged], list[FeedbackGiven]]:
-    """Everything in the spool, in the order in which it came."""
+    """Everything in the spool, in the order in which it came: what a new process would find, the journal included."""
+    # The journal first: what moves from it to the log meanwhile is found twice, not missed.
+    journaled = [record.value for file in path.parent.glob("journal-*") for record in left_in(file)]
     log = EmbeddedLog(path)
     topics = LogSettings().responses_topic, LogSettings().feedback_topic
     responses, feedback = (
@@ -42,8 +45,11 @@ def read_spool(path: Path) -> tuple[list[ResponseLogged], list[FeedbackGiven]]:
         for topic in topics
     )
     log.close()
+    found = {
+        logged.response_id: logged for value in [*responses, *journaled] for logged in [decode_response(value).data]
+    }
     return (
-        sorted((decode_response(value).data for value in responses), key=lambda logged: logged.started_at_ms),
+        sorted(found.values(), key=lambda logged: logged.started_at_ms),
         sorted((decode_feedback(value).data for value in feedback), key=lambda given: given.hlc),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from typing import Any
 
@@ -203,14 +204,15 @@ async def test_past_the_quota_responses_are_dropped_and_feedback_is_not(start: S
     gateway = await start(spool_quota_bytes=1 << 20)
     gateway.parts.spool._quota_bytes = 1
     before = lost("quota")
+    assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202  # which looks at it
     assert (await gateway.chat())[0] == 200
     assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202
     assert lost("quota") == before + 1
     assert gateway.responses() == []
-    assert len(gateway.feedback()) == 1
+    assert len(gateway.feedback()) == 2
 
 
-async def test_with_a_broken_spool_the_chat_goes_on_and_feedback_is_a_503(
+async def test_with_a_broken_log_the_chat_goes_on_responses_wait_and_feedback_is_a_503(
     gateway: Gateway, metrics_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -221,7 +223,6 @@ async def test_with_a_broken_spool_the_chat_goes_on_and_feedback_is_a_503(
         broken.setattr(gateway.parts.spool._log, "write", fail)
         assert (await gateway.chat())[0] == 200
         assert (await gateway.chat(stream=True))[0] == 200
-        assert lost("failed") == before + 2
         status, body, response = await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"})
         assert (status, body["error"]["code"], response.headers["Retry-After"]) == (503, "not_written", "1")
         async with gateway.http.get(metrics_url + "/readyz") as ready:
@@ -231,6 +232,28 @@ async def test_with_a_broken_spool_the_chat_goes_on_and_feedback_is_a_503(
         assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 503
     assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202
     assert (await gateway.chat())[0] == 200
+    assert lost("failed") == before
+    log = gateway.parts.spool._log
+    async with asyncio.timeout(5):
+        while sum(log.end_offsets("thumbwheel.responses").values()) < 3:
+            await asyncio.sleep(0.02)
+
+
+async def test_with_a_broken_journal_the_chat_goes_on_and_the_loss_is_counted(
+    gateway: Gateway, metrics_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = lost("failed")
+    with monkeypatch.context() as broken:
+        broken.setattr(gateway.parts.spool._journal, "append", full)
+        assert (await gateway.chat())[0] == 200
+        assert (await gateway.chat(stream=True))[0] == 200
+    assert lost("failed") == before + 2
+    async with gateway.http.get(metrics_url + "/readyz") as ready:
+        assert ready.status == 503
+    assert gateway.responses() == []
 
 
 def slow_down(gateway: Gateway, by_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +272,7 @@ async def test_a_slow_spool_holds_the_last_byte_for_the_capture_timeout_only(
     gateway = await start(capture_timeout_s=0.05)
     await gateway.chat()
     before = lost("late")
+    avoid_the_journal(gateway)
     slow_down(gateway, 0.6, monkeypatch)
     started = time.monotonic()
     assert (await gateway.chat(stream=True))[0] == 200
@@ -256,7 +280,41 @@ async def test_a_slow_spool_holds_the_last_byte_for_the_capture_timeout_only(
     assert lost("late") == before + 1
 
 
+async def test_a_slow_log_holds_up_nobody_where_the_journal_is_quick(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_down(gateway, 1.0, monkeypatch)
+    started = time.monotonic()
+    assert (await gateway.chat(stream=True))[0] == 200
+    assert time.monotonic() - started < 0.8
+    assert len(gateway.responses()) == 1
+
+
+async def test_after_one_slow_write_responses_are_written_off_the_event_loop(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await start(capture_timeout_s=0.05)
+    append, before = gateway.parts.spool._journal.append, lost("late")
+    slept = []
+
+    def append_slowly(record: Any) -> Any:
+        slept.append(time.sleep(0.1))
+        return append(record)
+
+    monkeypatch.setattr(gateway.parts.spool._journal, "append", append_slowly)
+    for _ in range(3):
+        assert (await gateway.chat())[0] == 200
+    assert len(slept) == 1
+    assert lost("late") == before + 1
+    assert len(gateway.responses()) == 3
+
+
+def avoid_the_journal(gateway: Gateway) -> None:
+    gateway.parts.spool._slow_until = time.monotonic() + 60
+
+
 async def test_the_last_byte_waits_for_the_spool(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    avoid_the_journal(gateway)
     slow_down(gateway, 0.3, monkeypatch)
     async with gateway.http.post(gateway.url + "/v1/chat/completions", json=HELLO | {"stream": True}) as response:
         await response.content.readuntil(b'"finish_reason":"stop"')

@@ -29,6 +29,7 @@ class Process:
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.spool_path = folder / "log.db"
+        self.environment = environment
         self.url = f"http://127.0.0.1:{(port := free_port())}"
         self.metrics_url = f"http://127.0.0.1:{(metrics_port := free_port())}"
         self.child = subprocess.Popen(
@@ -104,6 +105,16 @@ async def test_what_was_acknowledged_is_in_the_spool_after_kill_9(process: Proce
     assert set(accepted) <= {given.feedback_id for given in feedback}
     late = set(received) - {logged.response_id for logged in responses}
     assert len(late) <= 0.05 * len(received)  # those that took over 50 ms on a busy machine went out all the same
+    # What only the journal has is taken up at the next start, and the journal is gone.
+    left = list(process.spool_path.parent.glob("journal-*"))
+    assert left
+    again = Process(process.spool_path.parent, **process.environment)
+    await again.wait_until_up()
+    again.child.send_signal(signal.SIGTERM)
+    assert await again.wait_until_ended() == 0
+    assert not list(process.spool_path.parent.glob("journal-*"))
+    taken_up = read_spool(process.spool_path)[0]
+    assert {logged.response_id for logged in taken_up} == {logged.response_id for logged in responses}
 
 
 async def test_open_streams_end_in_order_on_sigterm(process: Process) -> None:

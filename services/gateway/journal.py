@@ -1,0 +1,124 @@
+"""Where the event loop itself puts a response before its last byte goes out: an append to a file.
+
+It takes some microseconds and survives kill -9 of the process. The log's commit, and the way to its thread and back,
+cost a hundred times as much; they follow for many responses at once. What a killed process has left is taken up at the
+next start; a record may then be in the log twice, and counts once, as every event does.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import struct
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from loop.log import NewRecord
+
+MAX_BYTES = 16 * 1024 * 1024  # of one file, after which the next one is begun
+_DONE = struct.Struct("<Q")  # a file's first bytes: up to where its records are in the log
+_FRAME = struct.Struct("<II")  # before each record: its length and CRC-32
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(NewRecord).decode
+
+
+@dataclass(slots=True, eq=False)
+class _File:
+    path: Path
+    handle: int
+    end: int = _DONE.size
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Behind one record of the journal."""
+
+    file: _File
+    end: int
+
+
+class Journal:
+    """The files `<stem>.*`. One thread appends, one (maybe another) says what is done."""
+
+    def __init__(self, stem: Path) -> None:
+        """Raises OSError."""
+        self._stem = stem
+        self._files: deque[_File] = deque()
+        self._begin()
+
+    def append(self, record: NewRecord) -> Place:
+        """Write the record; it survives kill -9 when this returns. Raises OSError, with nothing written."""
+        payload = _encode(record)
+        frame = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+        file = self._files[-1] if self._files[-1].end < MAX_BYTES else self._begin()
+        # At its place, not at the end: what a failed write may have left there is written over.
+        if os.pwrite(file.handle, frame, file.end) < len(frame):
+            raise OSError(errno.ENOSPC, f"{file.path}: no space left for {len(frame)} bytes")
+        file.end += len(frame)
+        return Place(file, file.end)
+
+    def done(self, place: Place) -> None:
+        """Everything up to this place is in the log. Raises OSError."""
+        os.pwrite(place.file.handle, _DONE.pack(place.end), 0)
+        while self._files[0] is not place.file:
+            _remove(self._files.popleft())
+
+    def close(self) -> None:
+        """Remove the files: all of it is in the log."""
+        while self._files:
+            _remove(self._files.popleft())
+
+    def _begin(self) -> _File:
+        path = self._stem.with_name(f"{self._stem.name}.{secrets.token_hex(8)}")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+        os.pwrite(handle, _DONE.pack(_DONE.size), 0)
+        self._files.append(_File(path, handle))
+        return self._files[-1]
+
+
+def recover(stem: Path, write: Callable[[Sequence[NewRecord]], object]) -> int:
+    """Hand what killed processes have left to `write`, and remove their files; returns how many records it was."""
+    count = 0
+    for path in sorted(stem.parent.glob(f"{stem.name}.*")):
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # another process of this name is writing it: one that is about to end
+            records = left_in(path)
+            if records:
+                write(records)
+            path.unlink(missing_ok=True)
+            count += len(records)
+    return count
+
+
+def left_in(path: Path) -> list[NewRecord]:
+    """The records of a journal's file that its writer had not done with, up to the first that is not whole."""
+    data = path.read_bytes()
+    if len(data) < _DONE.size:
+        return []
+    (place,) = _DONE.unpack_from(data)
+    records = []
+    while place + _FRAME.size <= len(data):
+        length, checksum = _FRAME.unpack_from(data, place)
+        payload = data[place + _FRAME.size : place + _FRAME.size + length]
+        if len(payload) < length or zlib.crc32(payload) != checksum:
+            break
+        records.append(_decode(payload))
+        place += _FRAME.size + length
+    return records
+
+
+def _remove(file: _File) -> None:
+    file.path.unlink(missing_ok=True)
+    os.close(file.handle)

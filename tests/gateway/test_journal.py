@@ -1,0 +1,101 @@
+"""The journal by itself: what is whole is found again, whatever else became of its file."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loop.log import NewRecord
+from services.gateway import journal as module
+from services.gateway.journal import Journal, left_in, recover
+
+texts = st.text(max_size=8)
+records = st.lists(
+    st.builds(NewRecord, texts, texts, st.binary(max_size=300), st.dictionaries(texts, texts, max_size=2)), max_size=12
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("journal")
+
+
+def files(stem: Path) -> list[Path]:
+    return list(stem.parent.glob(f"{stem.name}.*"))
+
+
+@given(records, st.integers(0, 12), st.integers(0, 5000))
+def test_what_is_not_done_is_found_up_to_where_the_file_was_cut(
+    folder: Path, given_records: list[NewRecord], done: int, cut: int
+) -> None:
+    for path in files(folder / "any"):  # of an example that failed
+        path.unlink()
+    journal = Journal(folder / "any")
+    (path,) = files(folder / "any")
+    places = [journal.append(record) for record in given_records]
+    ends = [place.end for place in places]
+    if places[:done]:
+        journal.done(places[:done][-1])
+    assert left_in(path) == given_records[done:]
+    os.truncate(path, min(cut, path.stat().st_size))
+    whole = [record for record, end in zip(given_records, ends, strict=True) if end <= cut]
+    assert left_in(path) == whole[done:]
+    journal.close()
+    assert files(folder / "any") == []
+
+
+def test_a_record_that_was_damaged_ends_what_is_found(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    first, second, _ = (journal.append(NewRecord("t", "k", value)) for value in (b"one", b"two", b"three"))
+    (path,) = files(tmp_path / "j")
+    with path.open("r+b") as file:
+        file.seek(second.end - 1)
+        file.write(b"\xff")
+    assert left_in(path) == [NewRecord("t", "k", b"one")]
+    assert first.end < second.end
+    journal.close()
+
+
+def test_files_are_followed_by_others_and_go_when_they_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_BYTES", 100)
+    journal = Journal(tmp_path / "j")
+    places = [journal.append(NewRecord("t", "k", bytes(60))) for _ in range(6)]
+    assert len(files(tmp_path / "j")) == 3
+    journal.done(places[2])
+    assert len(files(tmp_path / "j")) == 2
+    assert sum(len(left_in(path)) for path in files(tmp_path / "j")) == 3
+    journal.close()
+
+
+def test_a_write_that_failed_half_way_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "j")
+    write = os.pwrite
+    with monkeypatch.context() as full:
+        full.setattr(module.os, "pwrite", lambda handle, data, place: write(handle, data[: len(data) // 2], place))
+        with pytest.raises(OSError, match="no space left"):
+            journal.append(NewRecord("t", "k", b"lost"))
+    journal.append(NewRecord("t", "k", b"kept"))
+    (path,) = files(tmp_path / "j")
+    assert left_in(path) == [NewRecord("t", "k", b"kept")]
+    journal.close()
+
+
+def test_the_files_of_dead_processes_are_taken_up_and_those_of_living_ones_left_alone(tmp_path: Path) -> None:
+    living, dead = Journal(tmp_path / "j"), Journal(tmp_path / "j")
+    living.append(NewRecord("t", "k", b"living"))
+    dead.append(NewRecord("t", "k", b"dead"))
+    for file in dead._files:  # as the kernel does when a process ends
+        fcntl.flock(file.handle, fcntl.LOCK_UN)
+    found: list[NewRecord] = []
+    assert recover(tmp_path / "j", found.extend) == 1
+    assert found == [NewRecord("t", "k", b"dead")]
+    assert len(files(tmp_path / "j")) == 1
+    living.close()
+    dead.close()
