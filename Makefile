@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PYTHON
 
-.PHONY: help install demo test lint bench bench-trainer bench-gateway bench-join demo-model clean
+.PHONY: help install demo test lint bench bench-trainer bench-trainer-cuda bench-gateway bench-join demo-model clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -40,6 +40,9 @@ bench-join: $(INSTALLED) ## joined events a second
 
 bench-trainer: $(INSTALLED) ## rows a second and memory, against TRL
 	@$(BIN)/python -m tests.bench.trainer
+
+bench-trainer-cuda: $(INSTALLED) ## the same on a CUDA machine, with models of 1 B and 8 B parameters
+	@$(BIN)/python -m tests.bench.trainer_cuda
 
 clean: ## everything that was made: environment, caches, var/
 	rm -rf .venv var build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ the seconds; loading is apart. Loss and kl of each step are compared: both train
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import random
@@ -20,15 +21,34 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-VOCABULARY, BATCH, SIGMA = 4096, 8, 0.6
-MEAN_TOKENS = {"single": 200, "four_turns": 150}  # of a turn: a fourth turn's prompt holds the three before it
+BATCH = 8
 SHAPES = {
     "small": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4},  # 5.8 M
     "large": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},  # 27 M
 }
+TURNS = {"single": 1, "four_turns": 4}
+MEAN_TOKENS = {"single": 200, "four_turns": 150}  # of a turn: a fourth turn's prompt holds the three before it
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One comparison: the model, the rows, and how both trainers hold the model."""
+
+    shape: dict[str, int]
+    turns: int
+    mean_tokens: int
+    rows: int
+    sigma: float = 0.6
+    vocabulary: int = 4096
+    quantization: Literal["none", "nf4"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+
+
 RATES = {"learning_rate": 2e-4, "lr_scheduler_type": "linear", "seed": 0, "beta": 0.1}
 CONTENDERS = ("trl", "cold", "warm")
 
@@ -48,18 +68,23 @@ def main() -> None:
 
         if given.threads:
             torch.set_num_threads(given.threads)
-        print(json.dumps(run_trl(given.folder) if given.run == "trl" else run_thumbwheel(given.folder, given.run)))
+        setup = Setup(**json.loads((given.folder / "setup.json").read_text()))
+        run = run_trl if given.run == "trl" else run_thumbwheel
+        print(json.dumps(run(given.folder, setup, given.run)))
         return
     for model in given.models:
         for data in given.data:
+            setup = Setup(SHAPES[model], TURNS[data], MEAN_TOKENS[data], given.rows)
+            what = {"bench": "trainer", "model": model, "data": data, "rows": given.rows}
             with tempfile.TemporaryDirectory() as folder:
-                make_model(Path(folder), model)
-                make_rows(Path(folder), data, given.rows)
-                what = {"bench": "trainer", "model": model, "data": data, "rows": given.rows}
-                compare(Path(folder), what, given.repeats, given.threads)
+                compare(Path(folder), setup, what, given.repeats, given.threads)
 
 
-def compare(folder: Path, what: dict[str, Any], repeats: int, threads: int | None) -> None:
+def compare(folder: Path, setup: Setup, what: dict[str, Any], repeats: int, threads: int | None) -> None:
+    """Run all contenders `repeats` times in turns, and print a line for each and one with the medians' ratios."""
+    make_model(folder, setup)
+    make_rows(folder, setup)
+    (folder / "setup.json").write_text(json.dumps(vars(setup)))
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for _ in range(repeats):
         for name, results in runs.items():
@@ -74,7 +99,7 @@ def compare(folder: Path, what: dict[str, Any], repeats: int, threads: int | Non
     def median(name: str, key: str) -> float:
         return statistics.median(result[key] for result in runs[name])
 
-    grown = {name: median(name, "peak_rss_mb") - median(name, "loaded_rss_mb") for name in runs}
+    grown = {name: median(name, "peak_mb") - median(name, "loaded_mb") for name in runs}
     summary = what | {"trl_rows_per_s": round(median("trl", "rows_per_s"), 3)}
     for name in CONTENDERS[1:]:
         summary |= {
@@ -88,7 +113,7 @@ def compare(folder: Path, what: dict[str, Any], repeats: int, threads: int | Non
     print(json.dumps(summary), flush=True)
 
 
-def run_thumbwheel(folder: Path, cache: str) -> dict[str, Any]:
+def run_thumbwheel(folder: Path, setup: Setup, cache: str) -> dict[str, Any]:
     from rich.console import Console
 
     from loop.kto import model
@@ -101,8 +126,12 @@ def run_thumbwheel(folder: Path, cache: str) -> dict[str, Any]:
         **RATES,
         warmup_ratio=0.0,
         per_device_train_batch_size=BATCH,
-        quantization="none",
-        max_length=4096,
+        quantization=setup.quantization,
+        dtype=setup.dtype,
+        gradient_checkpointing=setup.gradient_checkpointing,
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+        max_length=1 << 16,
         cache=folder / "cache",
     )
     loaded: list[float] = []
@@ -110,7 +139,7 @@ def run_thumbwheel(folder: Path, cache: str) -> dict[str, Any]:
 
     def load_and_measure(*arguments: Any) -> Any:
         base = load(*arguments)
-        loaded.append(rss_mb())
+        loaded.append(memory_mb())
         return base
 
     model.load_base = load_and_measure
@@ -124,25 +153,35 @@ def run_thumbwheel(folder: Path, cache: str) -> dict[str, Any]:
         "train_s": result["train_s"],
         "setup_s": result["setup_s"],
         "cpu_s": time.process_time() - cpu_at_start,
-        "loaded_rss_mb": loaded[0],
-        "peak_rss_mb": result["peak_rss_mb"],
+        "loaded_mb": loaded[0],
+        "peak_mb": memory_mb(),
         "losses": [line["loss"] for line in lines],
         "kls": [line["kl"] for line in lines],
     }
 
 
-def run_trl(folder: Path) -> dict[str, Any]:
+def run_trl(folder: Path, setup: Setup, _: str) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import KTOConfig, KTOTrainer
+
+    dtype = getattr(torch, setup.dtype)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
+    if setup.quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
 
     started = time.perf_counter()
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     ordered = [rows[index] for index in order_for_trl([row["conversation_id"] for row in rows])]
-    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    loaded = rss_mb()
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
+    loaded = memory_mb()
     trainer = KTOTrainer(
         model=base,
         args=KTOConfig(
@@ -152,9 +191,10 @@ def run_trl(folder: Path) -> dict[str, Any]:
             num_train_epochs=1,
             max_length=None,
             logging_steps=1,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
+            bf16=setup.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            use_liger_kernel=has_liger(),
+            gradient_checkpointing=setup.gradient_checkpointing,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -184,8 +224,8 @@ def run_trl(folder: Path) -> dict[str, Any]:
         "train_s": train_s,
         "setup_s": setup_s,
         "cpu_s": time.process_time() - cpu_at_start,
-        "loaded_rss_mb": loaded,
-        "peak_rss_mb": rss_mb(),
+        "loaded_mb": loaded,
+        "peak_mb": memory_mb(),
         "losses": [line["loss"] for line in history],
         "kls": [line["kl"] for line in history],
     }
@@ -208,7 +248,14 @@ def order_for_trl(conversations: list[str]) -> list[int]:
     return ordered
 
 
-def make_model(folder: Path, shape: str) -> None:
+def has_liger() -> bool:
+    """Whether TRL can have its fused kernels: they need CUDA, and a package that is not among ours."""
+    import torch
+
+    return torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
+
+
+def make_model(folder: Path, setup: Setup) -> None:
     """Random weights, and a tokenizer whose words are `t<id>`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -216,17 +263,18 @@ def make_model(folder: Path, shape: str) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SHAPES[shape],
-        vocab_size=VOCABULARY,
-        num_key_value_heads=SHAPES[shape]["num_attention_heads"],
-        max_position_embeddings=8192,
+        **{"num_key_value_heads": setup.shape["num_attention_heads"]} | setup.shape,
+        vocab_size=setup.vocabulary,
+        max_position_embeddings=1 << 16,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"t{index}": index for index in range(3, VOCABULARY)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        LlamaForCausalLM(config).to(getattr(torch, setup.dtype)).save_pretrained(folder / "model")
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"t{index}": index for index in range(3, setup.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
@@ -234,20 +282,23 @@ def make_model(folder: Path, shape: str) -> None:
     ).save_pretrained(folder / "model")
 
 
-def make_rows(folder: Path, data: str, count: int) -> None:
-    """Turns of lognormal lengths, a third to two thirds of each the user's; in conversations of one turn or of four."""
-    turns = 1 if data == "single" else 4
-    if count % BATCH:
-        raise SystemExit(f"--rows {count}: expected a multiple of {BATCH}, so that both trainers make the same batches")
+def make_rows(folder: Path, setup: Setup) -> None:
+    """Turns of lognormal lengths, a third to two thirds of each the user's; in conversations of `setup.turns`."""
+    if setup.rows % BATCH:
+        raise SystemExit(
+            f"--rows {setup.rows}: expected a multiple of {BATCH}, for both trainers to make equal batches"
+        )
     draw = random.Random(0)
     with (folder / "rows.jsonl").open("w") as file:
-        for index in range(count):
-            if index % turns == 0:
+        for index in range(setup.rows):
+            if index % setup.turns == 0:
                 said: list[int] = []
-            tokens = max(8, round(draw.lognormvariate(math.log(MEAN_TOKENS[data]) - SIGMA**2 / 2, SIGMA)))
-            ids = [draw.randrange(3, VOCABULARY) for _ in range(tokens)]
+            middle = math.log(setup.mean_tokens) - setup.sigma**2 / 2
+            tokens = max(8, round(draw.lognormvariate(middle, setup.sigma)))
+            ids = [draw.randrange(3, setup.vocabulary) for _ in range(tokens)]
             split = round(tokens * draw.uniform(1 / 3, 2 / 3))
-            row = {"id": f"row-{index}", "conversation_id": f"talk-{index // turns}", "label": draw.random() < 0.6}
+            row = {"id": f"row-{index}", "conversation_id": f"talk-{index // setup.turns}"}
+            row |= {"label": draw.random() < 0.6}
             row |= {"prompt_ids": said + ids[:split], "completion_ids": [*ids[split:], 2]}
             said = said + ids  # as a template that writes no end token between the turns
             file.write(json.dumps(row) + "\n")
@@ -257,8 +308,12 @@ def words(ids: list[int]) -> str:
     return " ".join(f"t{index}" for index in ids)
 
 
-def rss_mb() -> float:
-    """The most memory that this process has had, in MiB."""
+def memory_mb() -> float:
+    """The most memory that this process has had, in MiB: of the CUDA device where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
