@@ -93,8 +93,7 @@ def compare(folder: Path, setup: Setup, what: dict[str, Any], repeats: int, thre
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             result = json.loads(output.stdout.splitlines()[-1])
             results.append(result)
-            shown = {key: value for key, value in result.items() if key not in {"losses", "kls"}}
-            print(json.dumps(what | {"trainer": name} | shown), flush=True)
+            print(json.dumps(what | {"trainer": name} | result), flush=True)
 
     def median(name: str, key: str) -> float:
         return statistics.median(result[key] for result in runs[name])

@@ -195,8 +195,9 @@ def test_two_joiners_share_the_work(start: Start, tmp_path: Path) -> None:
 
 
 def test_on_kafka_and_postgres_with_both_restarted_meanwhile(
-    start: Start, kafka: RealKafka, postgres: RealPostgres
+    start: Start, apache_kafka: RealKafka, postgres: RealPostgres
 ) -> None:
+    kafka = apache_kafka
     settings = Settings(log=kafka.settings(), store=postgres.new_store())
     log, store = open_log(settings.log), open_store(settings.store)
     topics = {RESPONSES: settings.log.responses_topic}

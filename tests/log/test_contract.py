@@ -24,13 +24,17 @@ KEYS = [f"{n:016x}" for n in range(40)]
 Open = Callable[[], EventLog]
 
 
-@pytest.fixture(params=["embedded", "kafka"])
-def settings(request: pytest.FixtureRequest, tmp_path: Path) -> LogSettings:
+def new_settings(request: pytest.FixtureRequest, tmp_path: Path) -> LogSettings:
     """Settings of a log that holds nothing yet."""
-    if request.param == "kafka":
-        found: LogSettings = request.getfixturevalue("kafka").settings()
-        return found
-    return LogSettings(path=tmp_path / "log.db")
+    if request.param == "embedded":
+        return LogSettings(path=tmp_path / "log.db")
+    found: LogSettings = request.getfixturevalue(request.param).settings()
+    return found
+
+
+settings = pytest.fixture(new_settings, params=["embedded", "kafka"], name="settings")
+# For tests that ask for end offsets, which Tansu gets wrong.
+exact_settings = pytest.fixture(new_settings, params=["embedded", "apache_kafka"], name="exact_settings")
 
 
 @pytest.fixture
@@ -86,12 +90,14 @@ def test_headers_bytes_and_time_come_through(log: EventLog, settings: LogSetting
     assert before_ms - 1000 <= record.timestamp_ms <= int(time.time() * 1000) + 1000
 
 
-def test_end_offsets_count_each_partition(log: EventLog, settings: LogSettings) -> None:
+def test_end_offsets_count_each_partition(exact_settings: LogSettings) -> None:
+    settings, log = exact_settings, open_log(exact_settings)
     assert log.end_offsets(settings.responses_topic) == dict.fromkeys(range(settings.partitions), 0)
     fill(log, settings.responses_topic, 100)
     ends = log.end_offsets(settings.responses_topic)
     assert sum(ends.values()) == 100
     assert log.end_offsets(settings.feedback_topic) == dict.fromkeys(range(settings.partitions), 0)
+    log.close()
 
 
 def test_a_consumer_reads_on_where_it_is_told_to(log: EventLog, settings: LogSettings) -> None:
@@ -139,12 +145,12 @@ def test_two_members_share_the_partitions_and_the_one_left_has_all(log: EventLog
     two.close()
 
 
-def test_what_was_appended_is_there_after_closing(settings: LogSettings) -> None:
-    log = open_log(settings)
-    fill(log, settings.responses_topic, 20)
+def test_what_was_appended_is_there_after_closing(exact_settings: LogSettings) -> None:
+    log = open_log(exact_settings)
+    fill(log, exact_settings.responses_topic, 20)
     log.close()
-    log = open_log(settings)
-    assert sum(log.end_offsets(settings.responses_topic).values()) == 20
+    log = open_log(exact_settings)
+    assert sum(log.end_offsets(exact_settings.responses_topic).values()) == 20
     log.close()
 
 
