@@ -65,7 +65,7 @@ class Spool:
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._put_bytes = 0  # each counter has one writing thread, so that their difference needs no lock
-        self._taken_bytes = 0
+        self._settled_bytes = 0
         self._is_full = False
         self._next_quota_check = 0.0
         self._unsynced_since: float | None = None
@@ -76,7 +76,7 @@ class Spool:
     def put_response(self, build: Callable[[], NewRecord], size: int) -> asyncio.Future[bool]:
         """Write a response: True once it would survive kill -9, False where it is lost (which is counted)."""
         job = _Job(build, size, self._loop.create_future())
-        if self._put_bytes - self._taken_bytes > MAX_WAITING_BYTES:
+        if self._put_bytes - self._settled_bytes > MAX_WAITING_BYTES:
             self._lose(job, "backlog")
         elif self._is_full or time.monotonic() < self._slow_until:
             self._put(job)
@@ -137,6 +137,7 @@ class Spool:
                     _log.exception("spool batch failed", extra={"action": "spool_failed"})
                     self._give_up(batch, "failed")
                     kept = []
+                self._settled_bytes += sum(job.size for job in batch) - sum(job.size for job in kept)
             if self._unsynced_since is not None and (
                 not is_open or time.monotonic() >= self._unsynced_since + SYNC_WITHIN_S
             ):
@@ -156,7 +157,6 @@ class Spool:
             self._hurry.clear()
             while job is not None:
                 batch.append(job)
-                self._taken_bytes += job.size
                 if len(batch) == MAX_BATCH:
                     return batch, True
                 job = self._jobs.get_nowait()

@@ -240,6 +240,29 @@ async def test_with_a_broken_log_the_chat_goes_on_responses_wait_and_feedback_is
             await asyncio.sleep(0.02)
 
 
+async def test_what_waits_for_a_broken_log_is_bounded_in_memory(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise LogUnavailableError("disk full")
+
+    monkeypatch.setattr("services.gateway.spool.MAX_WAITING_BYTES", 2_000)
+    before = lost("backlog")
+    with monkeypatch.context() as broken:
+        broken.setattr(gateway.parts.spool._log, "write", fail)
+        for _ in range(8):
+            assert (await gateway.chat())[0] == 200
+        kept = len(gateway.responses())
+        assert 0 < kept < 8
+        assert lost("backlog") == before + 8 - kept
+    log = gateway.parts.spool._log
+    async with asyncio.timeout(5):
+        while sum(log.end_offsets("thumbwheel.responses").values()) < kept:
+            await asyncio.sleep(0.02)
+    assert (await gateway.chat())[0] == 200
+    assert lost("backlog") == before + 8 - kept
+
+
 async def test_with_a_broken_journal_the_chat_goes_on_and_the_loss_is_counted(
     gateway: Gateway, metrics_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
