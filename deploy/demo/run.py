@@ -71,7 +71,7 @@ min_labels = 400
 [train]
 dir = "{dir}/adapters"
 cache = "{dir}/cache"
-beta = 0.5  # the base knows its facts: the policy stays near it
+beta = 0.3
 learning_rate = 1e-3
 num_train_epochs = 2
 per_device_train_batch_size = 8
