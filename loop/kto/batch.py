@@ -22,7 +22,7 @@ ROWS_AT_A_TIME = 256  # of the reference pass: what a killed one loses
 
 @dataclass(frozen=True)
 class Reference:
-    """log π_ref of each row's completion, and of its mismatched one (NaN where it has none): both [rows] float32."""
+    """log π_ref of each row's completion, and of its mismatched one (NaN where it has none): both [rows] float64."""
 
     matched: Tensor
     mismatched: Tensor
@@ -54,7 +54,7 @@ def reference_logps(
     log-prob is not finite.
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index].prompt_ids)
-    found = torch.zeros(2, len(rows))
+    found = torch.zeros(2, len(rows), dtype=torch.float64)
     computed = torch.zeros(1)
     parts = [order[start : start + ROWS_AT_A_TIME] for start in range(0, len(order), ROWS_AT_A_TIME)]
     for number, part in enumerate(parts[ranks.index :: ranks.count], 1):
@@ -93,7 +93,7 @@ def _compute(
     for index, places in by_row.items():
         completions = (rows[index].completion_ids, mismatched[index])
         items.append(Prompted(rows[index].prompt_ids, tuple(completions[place] or () for place in places)))
-    sums = [score.sum() for scores in score_all(model, items) for score in scores]
+    sums = [score.double().sum() for scores in score_all(model, items) for score in scores]
     if sums:
         check_finite(torch.stack(sums), [rows[index] for index, _ in missing], "the reference's log-prob")
     return {keys[at]: float(value) for at, value in zip(missing, sums, strict=True)}
@@ -136,7 +136,7 @@ def mismatched_logps(model: nn.Module, rows: Sequence[Row], mismatched: Sequence
     """log π_θ(y′|x) of the rows that have a y′, [M], in passes of their own, without gradient."""
     pairs = zip(rows, mismatched, strict=True)
     scores = score_all(model, [Prompted(row.prompt_ids, (other,)) for row, other in pairs if other is not None])
-    return torch.stack([score[0].sum() for score in scores]) if scores else torch.zeros(0)
+    return torch.tensor([float(score[0].double().sum()) for score in scores], dtype=torch.float64)
 
 
 def check_finite(logps: Tensor, rows: Sequence[Row], what: str) -> None:

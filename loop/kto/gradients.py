@@ -54,11 +54,11 @@ def backward(policy: Any, batch: Batch, *, beta: float, micro_batch: int, ranks:
             with scoring(policy, "default"):
                 of_others = passes.mismatched_logps(policy, rows, others)
     has_other = ~batch.mismatched.isnan()
-    mismatched = torch.zeros(size, device=device)
+    mismatched = torch.zeros(size, dtype=torch.float64, device=device)
     mismatched[mine][has_other[mine]] = of_others.to(device)
     z0 = reference_point(ranks.sum(mismatched)[has_other], batch.mismatched[has_other])
 
-    found = torch.zeros(size, device=device)
+    found = torch.zeros(size, dtype=torch.float64, device=device)
     with ranks.failing_together(device):
         for start in range(mine.start, mine.stop, micro_batch):
             part = slice(start, min(start + micro_batch, mine.stop))

@@ -68,10 +68,13 @@ def scored_hidden(model: nn.Module, batch: Pack | Padded, prefixes: Prefixes | N
 
 
 def sequence_sums(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """[N] by token and [S] lengths to the [S] sums by sequence."""
+    """[N] by token and [S] lengths to the [S] sums by sequence, in float64: what counts are the small differences of
+    sums of 1,000 nats.
+    """
     lengths = lengths.to(tokens.device)
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths)
-    return tokens.new_zeros(len(lengths)).index_add(0, owner, tokens)
+    sums = tokens.new_zeros(len(lengths), dtype=torch.float64)
+    return sums.index_add(0, owner, tokens.double())
 
 
 @torch.no_grad()

@@ -56,13 +56,13 @@ class Validation:
         """Loss, z0 (`eval_kl`, as TRL names it), mean KL to the base along an answer (nats), accuracy of the implicit
         reward against z0 (balanced over the labels) and AUC; the last two are left out where only one label is there.
         """
-        found = torch.zeros(2, len(self.rows))
+        found = torch.zeros(2, len(self.rows), dtype=torch.float64)
         mine = range(len(self.rows))[ranks.part(len(self.rows))]
         with scoring(policy, "default"):
             scored = score_all(policy, [_prompted(self.rows[index], self.others[index]) for index in mine])
         for index, logps in zip(mine, scored, strict=True):
             for place, of_completion in enumerate(logps):
-                found[place, index] = of_completion.sum()
+                found[place, index] = of_completion.double().sum()
         divergence = np.zeros(len(self.rows))
         divergence[mine] = kl_to_base(
             policy, "default", [(self.rows[index].prompt_ids, self.rows[index].completion_ids) for index in mine]

@@ -130,7 +130,7 @@ def test_killed_at_random_points_under_load_it_ends_equal_to_the_oracle(start: S
     settings = embedded(tmp_path)
     log, store = open_log(settings.log), open_store(settings.store)
     random_ = random.Random(4)
-    events = colliding_events(4, 6_000)
+    events = colliding_events(4, 4_000)
     joiner = start(settings)
     kills = 0
     for first in range(0, len(events), 500):
@@ -143,7 +143,7 @@ def test_killed_at_random_points_under_load_it_ends_equal_to_the_oracle(start: S
             kills += 1
             joiner.start()
     wait_until(lambda: is_joined(store, log, settings), "joined")
-    assert kills == 6
+    assert kills == 4
     assert examples_in(store) == examples_of(events, RESPONSES)
     assert joiner.signal(signal.SIGTERM) == 0
     log.close()

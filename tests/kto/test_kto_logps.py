@@ -20,7 +20,7 @@ def plain_logps(model: Any, row: Row) -> Tensor:
     ids = torch.tensor([row.prompt_ids + row.completion_ids])
     logits = model(input_ids=ids, use_cache=False).logits[0].float()
     found = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    return found[len(row.prompt_ids) - 1 :]
+    return found[len(row.prompt_ids) - 1 :].double()
 
 
 def lora_gradients(model: Any) -> dict[str, Tensor]:

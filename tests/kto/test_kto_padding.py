@@ -71,7 +71,7 @@ def test_it_says_so_and_scores_and_learns_as_each_row_alone(
     for name, gradient in lora_gradients(policy).items():
         assert relative(gradient, wanted[name]) < 1e-4, name
     scored = score_all(policy, [Prompted(row.prompt_ids, (row.completion_ids,)) for row in rows])
-    assert torch.allclose(torch.stack([score[0].sum() for score in scored]), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(torch.stack([score[0].double().sum() for score in scored]), expected, rtol=1e-5, atol=1e-5)
     assert (kl_to_base(policy, "default", [(row.prompt_ids, row.completion_ids) for row in rows]) > 0).all()
 
 

@@ -70,7 +70,7 @@ def in_processes(
 
 
 def _rank(rank: int, count: int, environment: dict[str, str], arguments: tuple[Any, ...]) -> None:
-    os.environ |= environment
+    os.environ |= environment | {"OMP_NUM_THREADS": "1"}  # else accelerate changes the number of threads, and rounding
     if count > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     torch.set_num_threads(1)

@@ -64,8 +64,8 @@ def _ever_rolled_back(rng: random.Random, p_new: float, p_old: float, looks: int
 
 def test_false_alarms_stay_below_alpha_though_one_looks_after_every_vote() -> None:
     rng = random.Random(1)
-    alarms = sum(_ever_rolled_back(rng, 0.7, 0.7, 300, 0.1) is not None for _ in range(200))
-    assert alarms <= 200 * 0.1
+    alarms = sum(_ever_rolled_back(rng, 0.7, 0.7, 300, 0.1) is not None for _ in range(100))
+    assert alarms <= 100 * 0.1
 
 
 def test_a_clearly_worse_adapter_is_found_within_a_hundred_votes() -> None:
