@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,16 @@ def make_rows() -> Callable[..., list[Row]]:
         ]
 
     return make
+
+
+def write(rows: list[Row], path: Path) -> Path:
+    """The rows as JSONL that `train` reads."""
+    with path.open("w") as file:
+        for row in rows:
+            record = {"id": row.row_id, "conversation_id": row.conversation, "label": row.desirable}
+            record |= {"prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids, "weight": row.weight}
+            file.write(json.dumps(record | {"rater": row.rater}) + "\n")
+    return path
 
 
 @pytest.fixture(scope="session")

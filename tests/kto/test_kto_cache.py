@@ -1,7 +1,6 @@
 """What a night takes over from earlier ones, and what it must not."""
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from loop.kto.cache import ReferenceCache
 from loop.kto.rows import Row
 from loop.kto.train import train
 from loop.settings import TrainSettings
+from tests.kto.conftest import write
 
 DEPENDS_ON = {"base": "b", "dtype": "float32"}
 
@@ -57,14 +57,6 @@ def test_a_file_that_is_no_database_is_put_aside(tmp_path: Path) -> None:
     with ReferenceCache(tmp_path, DEPENDS_ON) as cache:
         assert cache.get([cache.key([1], [2])]) == {}
     assert (tmp_path / "reference.damaged").exists()
-
-
-def write(rows: list[Row], path: Path) -> Path:
-    with path.open("w") as file:
-        for row in rows:
-            record = {"id": row.row_id, "conversation_id": row.conversation, "label": row.desirable}
-            file.write(json.dumps(record | {"prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids}) + "\n")
-    return path
 
 
 def test_a_night_pays_only_for_what_is_new_and_trains_the_same(

@@ -27,6 +27,7 @@ from loop.kto.rows import Row
 from loop.kto.train import train
 from loop.settings import TrainSettings
 from services.cli import app
+from tests.kto.conftest import write
 
 SETTINGS = TrainSettings(
     quantization="none",
@@ -38,15 +39,6 @@ SETTINGS = TrainSettings(
     eval_steps=3,
 )
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def write(rows: list[Row], path: Path) -> Path:
-    with path.open("w") as file:
-        for row in rows:
-            record = {"id": row.row_id, "conversation_id": row.conversation, "label": row.desirable}
-            record |= {"prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids, "weight": row.weight}
-            file.write(json.dumps(record) + "\n")
-    return path
 
 
 FORKS = multiprocessing.get_context("forkserver")  # a process that has torch loaded, and no threads yet

@@ -28,6 +28,7 @@ from loop.kto.rows import Row
 from loop.kto.score import score_rows
 from loop.kto.train import train
 from loop.settings import TrainSettings
+from tests.kto.conftest import write
 
 SETTINGS = TrainSettings(quantization="none", lora_r=4, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=2)
 
@@ -39,15 +40,6 @@ def quiet() -> Console:
 @pytest.fixture
 def data(tmp_path: Path, make_rows: Callable[..., list[Row]]) -> Path:
     return write(make_rows(24, seed=3), tmp_path / "rows.jsonl")
-
-
-def write(rows: list[Row], path: Path) -> Path:
-    with path.open("w") as file:
-        for row in rows:
-            record = {"id": row.row_id, "conversation_id": row.conversation, "label": row.desirable}
-            record |= {"prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids, "weight": row.weight}
-            file.write(json.dumps(record) + "\n")
-    return path
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from loop.kto.sweep import sweep
 from loop.kto.train import train
 from loop.kto.validation import split
 from loop.settings import SettingsError, TrainSettings
+from tests.kto.conftest import write
 
 SETTINGS = TrainSettings(
     quantization="none", lora_r=4, per_device_train_batch_size=4, learning_rate=1e-2, validation_share=0.3, eval_steps=2
@@ -53,15 +54,6 @@ def test_raters_stand_on_one_side_in_the_share_that_was_asked_for_and_keep_it_th
 @pytest.fixture
 def data(tmp_path: Path, make_rows: Callable[..., list[Row]]) -> Path:
     return write(make_rows(40, seed=3), tmp_path / "rows.jsonl")
-
-
-def write(rows: list[Row], path: Path) -> Path:
-    with path.open("w") as file:
-        for row in rows:
-            record = {"id": row.row_id, "conversation_id": row.conversation, "label": row.desirable}
-            record |= {"prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids, "rater": row.rater}
-            file.write(json.dumps(record) + "\n")
-    return path
 
 
 def metrics_of(out: Path) -> list[dict[str, float]]:
