@@ -34,6 +34,8 @@ console = Console(stderr=True)
 SettingsFile = Annotated[
     Path | None, typer.Option("--settings", help="TOML file; else THUMBWHEEL_SETTINGS, else ./thumbwheel.toml")
 ]
+TrainingRows = Annotated[Path, typer.Option(help="A snapshot's Parquet file, or JSONL of the KTO form.")]
+BaseModelDir = Annotated[Path, typer.Option(help="Base model in Transformers' layout.")]
 
 
 def main() -> None:
@@ -132,8 +134,8 @@ def import_(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
-    data: Annotated[Path, typer.Option(help="A snapshot's Parquet file, or JSONL of the KTO form.")],
-    model: Annotated[Path, typer.Option(help="Base model in Transformers' layout.")],
+    data: TrainingRows,
+    model: BaseModelDir,
     out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
     settings: SettingsFile = None,
 ) -> None:
@@ -157,8 +159,8 @@ def train(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def sweep(
     context: typer.Context,
-    data: Annotated[Path, typer.Option(help="A snapshot's Parquet file, or JSONL of the KTO form.")],
-    model: Annotated[Path, typer.Option(help="Base model in Transformers' layout.")],
+    data: TrainingRows,
+    model: BaseModelDir,
     out: Annotated[Path, typer.Option(help="Folder of the runs, the table and the plot.")],
     betas: Annotated[str, typer.Option(help="Values of beta, comma-separated.")] = "0.05,0.1,0.2,0.5",
     learning_rates: Annotated[str, typer.Option(help="Values of learning_rate; else the setting's.")] = "",
@@ -190,7 +192,7 @@ def _log_to_console() -> None:
 
 @app.command()
 def score(
-    model: Annotated[Path, typer.Option(help="Base model in Transformers' layout.")],
+    model: BaseModelDir,
     data: Annotated[Path, typer.Option(help="Rows (prompt, completion, label) or pairs (prompt, chosen, rejected).")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter in PEFT's layout.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="Jinja chat template, or a file of one.")] = None,

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from loop.gate.bootstrap import F64
+from loop.kto import pack
 from loop.kto.logps import score_all
 from loop.kto.model import scoring
-from loop.kto.pack import Prompted, Tokens
+from loop.kto.pack import Tokens
 
 Step = Callable[[int], None]
 
@@ -35,7 +36,7 @@ def score(
 
     Raises FloatingPointError where one is not finite.
     """
-    items = [Prompted(prompt, (own,) if other is None else (own, other)) for prompt, own, other in prompted]
+    items = [pack.prompted(*item) for item in prompted]
     with scoring(model, adapter):
         found = score_all(model, items, step)
     tokens = [row[0].double().numpy() for row in found]

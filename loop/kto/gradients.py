@@ -32,6 +32,22 @@ class Batch:
     desirable: Tensor  # [N] bool
     weight: Tensor  # [N]
 
+    @classmethod
+    def of(
+        cls, rows: Sequence[Row], others: Sequence[Tokens | None], matched: Tensor, mismatched: Tensor, device: Any
+    ) -> Batch:
+        """With labels and weights from the rows, on the device."""
+        desirable = torch.tensor([row.desirable for row in rows], device=device)
+        weight = torch.tensor([row.weight for row in rows], device=device)
+        return cls(rows, others, matched.to(device), mismatched.to(device), desirable, weight)
+
+    def select(self, chosen: Sequence[int]) -> Batch:
+        """Some of the rows, in the order of `chosen`."""
+        indices = torch.tensor(chosen, device=self.matched.device)
+        rows, others = [self.rows[row] for row in chosen], [self.others[row] for row in chosen]
+        tensors = (tensor[indices] for tensor in (self.matched, self.mismatched, self.desirable, self.weight))
+        return Batch(rows, others, *tensors)
+
 
 def backward(policy: Any, batch: Batch, *, beta: float, micro_batch: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Add the gradients of the batch's mean loss to the policy's parameters; `micro_batch` rows at a time.

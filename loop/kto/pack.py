@@ -34,6 +34,11 @@ class Prompted:
         return len(self.prompt_ids) + sum(len(completion) - 1 for completion in self.completions)
 
 
+def prompted(prompt_ids: Tokens, completion: Tokens, other: Tokens | None) -> Prompted:
+    """A prompt with its own completion and, where there is one, a mismatched one."""
+    return Prompted(prompt_ids, (completion,) if other is None else (completion, other))
+
+
 @dataclass(frozen=True)
 class Pack:
     """One pass. T tokens computed, N tokens scored, in S sequences, after P prompts."""

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from loop.kto import batch, groups, model, rows, template
 from loop.kto.cache import ReferenceCache
 from loop.kto.gradients import Batch
 from loop.kto.groups import Group
-from loop.kto.pack import Tokens
 from loop.kto.progress import Watch
 from loop.kto.ranks import Ranks
 from loop.kto.rows import Row
@@ -59,31 +57,17 @@ def load_rows(settings: TrainSettings, data: Path, model_dir: Path) -> tuple[lis
 
 @dataclass(frozen=True)
 class Plan:
-    """R rows, the effective batches that they are trained in, and the reference's log-probs."""
+    """All rows with the reference's log-probs, and the effective batches that they are trained in."""
 
-    rows: Sequence[Row]
+    rows: Batch
     batches: Sequence[Group]
-    others: Sequence[Tokens | None]
-    matched: Tensor  # [R]
-    mismatched: Tensor  # [R], NaN where a row has no mismatched completion
-    desirable: Tensor  # [R] bool
-    weight: Tensor  # [R]
     computed: int
     """Log-probs that were not in the cache."""
 
     def batch(self, step: int, seed: int) -> Batch:
         """The rows of a step. Each epoch takes the same batches, in an order of its own."""
         epoch, place = divmod(step, len(self.batches))
-        chosen = self.batches[groups.epoch_order(len(self.batches), epoch, seed)[place]].rows
-        indices = torch.tensor(chosen, device=self.matched.device)
-        return Batch(
-            [self.rows[row] for row in chosen],
-            [self.others[row] for row in chosen],
-            self.matched[indices],
-            self.mismatched[indices],
-            self.desirable[indices],
-            self.weight[indices],
-        )
+        return self.rows.select(self.batches[groups.epoch_order(len(self.batches), epoch, seed)[place]].rows)
 
 
 def make_plan(
@@ -127,17 +111,8 @@ def make_plan(
         known = batch.Reference(matched, mismatched, torch.tensor(numbers))
         if ranks.is_first:
             batch.save_reference(known, file)
-    device = next(policy.parameters()).device
-    return Plan(
-        train_rows,
-        groups.make_batches(made, size, settings.seed),
-        others,
-        known.matched.to(device),
-        known.mismatched.to(device),
-        torch.tensor([row.desirable for row in train_rows], device=device),
-        torch.tensor([row.weight for row in train_rows], device=device),
-        computed,
-    )
+    whole = Batch.of(train_rows, others, known.matched, known.mismatched, next(policy.parameters()).device)
+    return Plan(whole, groups.make_batches(made, size, settings.seed), computed)
 
 
 def _warn_of_rows_without_mismatch(without: int, rows: int) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from loop.kto.groups import mismatch
 from loop.kto.logps import score_all
 from loop.kto.model import Quantization, load_adapters, load_base, load_tokenizer, scoring
-from loop.kto.pack import Prompted
+from loop.kto.pack import Prompted, prompted
 from loop.kto.rows import Pair, Row, is_pairs, pair_of, read_records, row_of
 from loop.kto.template import read_chat_template
 
@@ -56,19 +56,19 @@ def score_rows(
 ) -> RowScores:
     """Scores under `adapter` (None: the base). `reference`, to save time: scores of the same rows on the same base."""
     others = mismatch([row.conversation for row in rows])
-    prompted = [
-        Prompted(row.prompt_ids, (row.completion_ids,) if o is None else (row.completion_ids, rows[o].completion_ids))
+    items = [
+        prompted(row.prompt_ids, row.completion_ids, None if o is None else rows[o].completion_ids)
         for row, o in zip(rows, others, strict=True)
     ]
     with scoring(model, adapter):
-        policy, policy_mismatched = _split(score_all(model, prompted))
+        policy, policy_mismatched = _split(score_all(model, items))
     if reference is not None:
         base, base_mismatched = reference.reference_tokens, reference.reference_mismatched
     elif adapter is None:
         base, base_mismatched = policy, policy_mismatched
     else:
         with scoring(model, None):
-            base, base_mismatched = _split(score_all(model, prompted))
+            base, base_mismatched = _split(score_all(model, items))
     return RowScores(
         policy=_sums(policy),
         reference=_sums(base),
@@ -87,11 +87,9 @@ def score_pairs(model: Any, pairs: Sequence[Pair], adapter: str | None) -> dict[
     implicit reward (`accuracy_reward`).
     """
     # One answer given twice is one sequence: it must tie with itself whatever the last bit says.
-    prompted = [
-        Prompted(p.prompt_ids, tuple(dict.fromkeys((tuple(p.chosen_ids), tuple(p.rejected_ids))))) for p in pairs
-    ]
+    items = [Prompted(p.prompt_ids, tuple(dict.fromkeys((tuple(p.chosen_ids), tuple(p.rejected_ids))))) for p in pairs]
     with scoring(model, adapter):
-        policy = score_all(model, prompted)
+        policy = score_all(model, items)
     sums = np.array([[float(score[0].double().sum()), float(score[-1].double().sum())] for score in policy])  # [N, 2]
     lengths = np.array([[len(score[0]), len(score[-1])] for score in policy])
     result = {
@@ -101,7 +99,7 @@ def score_pairs(model: Any, pairs: Sequence[Pair], adapter: str | None) -> dict[
     }
     if adapter is not None:
         with scoring(model, None):
-            base = score_all(model, prompted)
+            base = score_all(model, items)
         rewards = sums - [[float(score[0].double().sum()), float(score[-1].double().sum())] for score in base]
         result["accuracy_reward"] = _wins(rewards[:, 0], rewards[:, 1])
     return result

@@ -130,7 +130,7 @@ def train(
         "rows": len(train_rows),
         "rows_validation": len(watched_rows),
         **counts,
-        "rows_without_mismatch": sum(other is None for other in planned.others),
+        "rows_without_mismatch": sum(other is None for other in planned.rows.others),
         "reference_computed": planned.computed,
         "steps_planned": steps,
         "deadline_reached": is_late,

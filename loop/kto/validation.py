@@ -1,4 +1,4 @@
-"""The rows that a run watches and never learns from: the validation split, its figures, and when they say to stop.
+"""The rows that a run watches and never learns from: the validation split and its figures.
 
 They are some of the snapshot's *training* raters; the gate's held-out file is never opened here.
 """
@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from loop.kto.batch import mismatched_completions, reference_logps
 from loop.kto.cache import ReferenceCache
 from loop.kto.divergence import kl_to_base
+from loop.kto.gradients import Batch
 from loop.kto.groups import Group, mismatch
 from loop.kto.logps import score_all
 from loop.kto.loss import kto_losses, reference_point
 from loop.kto.model import scoring
-from loop.kto.pack import Prompted, Tokens
+from loop.kto.pack import Tokens, prompted
 from loop.kto.ranks import Ranks
 from loop.kto.rows import Row
 from loop.kto.score import auc, balanced_accuracy
@@ -44,36 +44,31 @@ def _draw(name: str) -> float:
 
 @dataclass(frozen=True)
 class Validation:
-    """V rows, their mismatched completions, and the reference's log-probs of both."""
+    """V rows with the reference's log-probs."""
 
-    rows: Sequence[Row]
-    others: Sequence[Tokens | None]
-    matched: Tensor  # [V]
-    mismatched: Tensor  # [V], NaN where a row has none
+    rows: Batch
     beta: float
 
     def figures(self, policy: Any, ranks: Ranks) -> dict[str, float]:
         """Loss, z0 (`eval_kl`, as TRL names it), mean KL to the base along an answer (nats), accuracy of the implicit
         reward against z0 (balanced over the labels) and AUC; the last two are left out where only one label is there.
         """
-        found = torch.zeros(2, len(self.rows), dtype=torch.float64)
-        mine = range(len(self.rows))[ranks.part(len(self.rows))]
+        rows, others = self.rows.rows, self.rows.others
+        found = torch.zeros(2, len(rows), dtype=torch.float64)
+        mine = range(len(rows))[ranks.part(len(rows))]
         with scoring(policy, "default"):
-            scored = score_all(policy, [_prompted(self.rows[index], self.others[index]) for index in mine])
+            scored = score_all(policy, [prompted(rows[n].prompt_ids, rows[n].completion_ids, others[n]) for n in mine])
         for index, logps in zip(mine, scored, strict=True):
             for place, of_completion in enumerate(logps):
                 found[place, index] = of_completion.double().sum()
-        divergence = np.zeros(len(self.rows))
-        divergence[mine] = kl_to_base(
-            policy, "default", [(self.rows[index].prompt_ids, self.rows[index].completion_ids) for index in mine]
-        )
-        matched, mismatched = ranks.sum(found.to(self.matched.device))
-        has_other = ~self.mismatched.isnan()
-        z0 = reference_point(mismatched[has_other], self.mismatched[has_other])
-        desirable = torch.tensor([row.desirable for row in self.rows], device=matched.device)
-        weight = torch.tensor([row.weight for row in self.rows], device=matched.device)
-        losses = kto_losses(matched, self.matched, desirable, weight, z0, self.beta)
-        reward, is_desirable = (matched - self.matched).double().cpu().numpy(), desirable.cpu().numpy()
+        divergence = np.zeros(len(rows))
+        divergence[mine] = kl_to_base(policy, "default", [(rows[n].prompt_ids, rows[n].completion_ids) for n in mine])
+        matched, mismatched = ranks.sum(found.to(self.rows.matched.device))
+        has_other = ~self.rows.mismatched.isnan()
+        z0 = reference_point(mismatched[has_other], self.rows.mismatched[has_other])
+        desirable = self.rows.desirable
+        losses = kto_losses(matched, self.rows.matched, desirable, self.rows.weight, z0, self.beta)
+        reward, is_desirable = (matched - self.rows.matched).cpu().numpy(), desirable.cpu().numpy()
         figures = {
             "loss": float(losses.mean()),
             "kl": float(z0),
@@ -94,8 +89,4 @@ def prepare(
         others = mismatched_completions(rows, [whole], settings.max_length)
     with scoring(policy, None):
         matched, mismatched, _ = reference_logps(policy, rows, others, cache, ranks)
-    return Validation(rows, others, matched, mismatched, settings.beta)
-
-
-def _prompted(row: Row, other: Tokens | None) -> Prompted:
-    return Prompted(row.prompt_ids, (row.completion_ids,) if other is None else (row.completion_ids, other))
+    return Validation(Batch.of(rows, others, matched, mismatched, matched.device), settings.beta)

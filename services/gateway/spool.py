@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,7 +234,8 @@ class Spool:
         now = time.monotonic()
         if now >= self._next_quota_check:
             self._next_quota_check = now + QUOTA_EVERY_S
-            self._is_full = self._log.used_bytes() >= self._quota_bytes
+            with suppress(LogUnavailableError):  # the commit that follows says so
+                self._is_full = self._log.used_bytes() >= self._quota_bytes
         return self._is_full
 
     def _give_up(self, jobs: Sequence[_Job], reason: str) -> None:
