@@ -27,7 +27,7 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 
 test: lint ## lint and every test, the real vLLM included
 	@deploy/install.sh debian postgres chromium promtool
-	@$(BIN)/pytest -q --durations=15
+	@$(BIN)/pytest -q --durations=15 -n 2 --dist loadscope --no-loadscope-reorder
 
 bench: bench-gateway bench-join bench-trainer ## every benchmark; JSON lines
 

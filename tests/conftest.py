@@ -12,10 +12,12 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine
+from xdist.scheduler import LoadScopeScheduling
 
 from loop.settings import EngineSettings, Settings, StoreSettings
 from loop.store import open_store
@@ -23,9 +25,30 @@ from services.up import engine_command
 
 # Tests and the engine share the cores: threads that spin while they wait for their siblings would stop both.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "deploy" / "demo" / "model"
 CPU_ARGS = ["--dtype", "float32", "--enforce-eager"]
+
+
+class EngineFirst(LoadScopeScheduling):
+    """For `-n 2`: one worker keeps the real engine, and begins with it; the other takes file after file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "engine" if _needs_engine(file) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EngineFirst:
+    return EngineFirst(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not _needs_engine(item.nodeid.split("::")[0]))
+
+
+def _needs_engine(file: str) -> bool:
+    return file.endswith(("/test_engine.py", "/test_demo.py"))
 
 
 def free_port() -> int:
@@ -52,7 +75,8 @@ class RealEngine:
                 urls=[self.url], model=self.model_dir, base_name=self.base_name, max_model_len=512, start_args=CPU_ARGS
             )
         )
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        # By default it closes a connection after 5 idle seconds, maybe just when a client that is not ours takes it.
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 engine_command(settings), stdout=log, stderr=log, env=environment, start_new_session=True
