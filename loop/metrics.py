@@ -39,6 +39,9 @@ joiner_lag_records = Gauge(
 joiner_votes = Counter("thumbwheel_joiner_votes", "New votes, by value.", ["value"])
 joiner_duplicates = Counter("thumbwheel_joiner_duplicates", "Events seen before, by topic.", ["topic"])
 joiner_pending_votes = Gauge("thumbwheel_joiner_pending_votes", "Votes whose response was not seen yet.")
+store_orphaned_votes = Counter(
+    "thumbwheel_store_orphaned_votes", "Votes given up at the store's retention: their response never came."
+)
 joiner_dead_letters = Counter("thumbwheel_joiner_dead_letters", "Events that broke the contract, by topic.", ["topic"])
 
 # Scheduler: the nightly run

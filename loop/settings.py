@@ -129,6 +129,8 @@ class StoreSettings(Section):
     """SQLAlchemy URL: `sqlite:///FILE` or `postgresql+psycopg://USER:PASSWORD@HOST/DB`."""
     pool_size: Annotated[int, Field(ge=1, le=100)] = 5
     """Postgres connections of one process."""
+    retention_s: Annotated[int, Field(ge=86_400)] = 30 * 86_400
+    """Age at which responses that nobody rated leave the store, and votes whose response never came."""
 
 
 class JoinerSettings(Section):
@@ -356,6 +358,15 @@ class Settings(Section):
             raise ValueError(
                 f"gateway.host is {self.gateway.host!r} but gateway.api_keys is empty: without a key the gateway "
                 "binds to loopback only; set gateway.api_keys or gateway.host = '127.0.0.1'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _store_keeps_what_the_log_has(self) -> Settings:
+        if self.store.retention_s < self.log.retention_s:
+            raise ValueError(
+                f"store.retention_s is {self.store.retention_s}, less than log.retention_s = {self.log.retention_s}: "
+                "a log that is read again would bring back what the store has let go; expected at least as much"
             )
         return self
 

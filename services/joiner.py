@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from prometheus_client import start_http_server
@@ -33,7 +33,9 @@ from loop.store import open_store
 from loop.store.dead_letters import send_dead_letters
 from loop.store.joining import (
     Applied,
+    Offsets,
     PositionMovedError,
+    Reader,
     Span,
     StoreUnavailableError,
     apply,
@@ -44,10 +46,9 @@ from loop.store.joining import (
 
 RETRY_S = 1.0
 COMMIT_EVERY_S = 1.0
-GAUGES_EVERY_S = 5.0
+LOOK_EVERY_S = 5.0
 SQLITE_TRANSACTION_S = 0.05  # other writers of the file wait for ours
 MIN_BATCH_EVENTS = 500  # below, the cost of a transaction outweighs that of its events
-Place = tuple[str, int]
 T = TypeVar("T")
 
 log = logging.getLogger("thumbwheel.joiner")
@@ -85,24 +86,27 @@ class Joiner:
     """One member of the consumer group, and how far it has read each partition that it owns."""
 
     def __init__(self, settings: Settings, store: Engine, events: EventLog) -> None:
-        self._group = settings.joiner.group
         self._topics = (settings.log.responses_topic, settings.log.feedback_topic)
         self._settings = settings.joiner
         self._store = store
         self._events = events
-        self._next: dict[Place, int] = {}
+        self._reader = Reader(settings.joiner.group, "")
+        self._next: dict[int, Offsets] = {}
         self._max_events = settings.joiner.batch_events
         self._has_letters = True  # an earlier process may have left some
-        self._commit_at = self._gauges_at = 0.0
+        self._commit_at = self._look_at = 0.0
 
     @property
-    def positions(self) -> dict[Place, int]:
-        """The next offset of each partition that is ours, as joined and committed."""
-        return dict(self._next)
+    def positions(self) -> dict[tuple[str, int], int]:
+        """The next offset of each topic's partition that is ours, as joined and committed."""
+        return {(topic, n): next_ for n, offsets in self._next.items() for topic, next_ in self._by_topic(offsets)}
+
+    def _by_topic(self, offsets: Offsets) -> Iterable[tuple[str, int]]:
+        return zip(self._topics, offsets, strict=True)
 
     def run(self, stop: threading.Event) -> None:
         """Rounds until `stop` is set."""
-        consumer = self._events.consumer(self._group, self._topics)
+        consumer = self._events.consumer(self._settings.group, self._topics)
         log.info("joining %s", ", ".join(self._topics), extra={"action": "joiner_started"})
         try:
             while not stop.is_set():
@@ -132,8 +136,8 @@ class Joiner:
         if records:
             batch = read_batch(records, self._topics[0])
             began = time.monotonic()
-            applied = apply(self._store, self._group, batch, spans)
-            self._next |= {place: end for place, (_, end) in spans.items()}
+            applied = apply(self._store, self._reader, batch, spans)
+            self._next |= {partition: end for partition, (_, end) in spans.items()}
             self._resize(len(records), time.monotonic() - began)
             self._has_letters |= bool(batch.dead_letters)
             self._count(records, batch, applied, time.monotonic() - began)
@@ -144,38 +148,42 @@ class Joiner:
         if time.monotonic() > self._commit_at:
             self._commit_at = time.monotonic() + COMMIT_EVERY_S
             self._commit(consumer)
-        if time.monotonic() > self._gauges_at:
-            self._gauges_at = time.monotonic() + GAUGES_EVERY_S
+        if time.monotonic() > self._look_at:
+            self._look_at = time.monotonic() + LOOK_EVERY_S
             self._show_gauges()
+            if self._next and self._events.identity() != self._reader.log_id:
+                raise PositionMovedError("the log's topics were made anew")
 
     def _seek(self, consumer: Consumer, owned: set[int]) -> None:
         """Forget partitions that went to somebody else; start new ones where the store is."""
-        self._next = {place: offset for place, offset in self._next.items() if place[1] in owned}
-        new = [(topic, n) for topic in self._topics for n in owned if (topic, n) not in self._next]
+        self._next = {partition: offsets for partition, offsets in self._next.items() if partition in owned}
+        new = owned - self._next.keys()
         if not new:
             return
-        for (topic, partition), offset in start_positions(self._store, self._group, new).items():
-            consumer.seek(topic, partition, offset)
-            self._next[topic, partition] = offset
+        self._reader = Reader(self._settings.group, self._events.identity())
+        for partition, offsets in start_positions(self._store, self._reader, new).items():
+            for topic, offset in self._by_topic(offsets):
+                consumer.seek(topic, partition, offset)
+            self._next[partition] = offsets
         self._has_letters = True
-        numbers = sorted({partition for _, partition in new})
+        numbers = sorted(new)
         log.info("partitions %s are ours", numbers, extra={"action": "joiner_assigned", "partitions": numbers})
 
-    def _place(self, polled: list[Record]) -> tuple[list[Record], dict[Place, Span]]:
+    def _place(self, polled: list[Record]) -> tuple[list[Record], dict[int, Span]]:
         """The records that are behind our positions, and the span of offsets that they move each partition over.
 
         Offsets may have gaps (retention, a broker's own records), so the span begins at our position, not at the first
         record. Records of a partition that came to us within the poll are left for after the seek.
         """
         records: list[Record] = []
-        spans: dict[Place, Span] = {}
+        ends: dict[int, list[int]] = {}
         for record in polled:
-            place = (record.topic, record.partition)
-            start = self._next.get(place)
-            if start is not None and record.offset >= start:
+            start = self._next.get(record.partition)
+            topic = self._topics.index(record.topic)
+            if start is not None and record.offset >= start[topic]:
                 records.append(record)
-                spans[place] = (start, record.offset + 1)
-        return records, spans
+                ends.setdefault(record.partition, list(start))[topic] = record.offset + 1
+        return records, {partition: (self._next[partition], Offsets(*end)) for partition, end in ends.items()}
 
     def _resize(self, events: int, seconds: float) -> None:
         """On SQLite, where writers take turns, find the batch that is joined in SQLITE_TRANSACTION_S."""
@@ -185,14 +193,15 @@ class Joiner:
 
     def _commit(self, consumer: Consumer) -> None:
         if self._next:
-            consumer.commit(self._next)
+            consumer.commit(self.positions)
 
     def _show_gauges(self) -> None:
         metrics.joiner_pending_votes.set(count_pending(self._store))
+        positions = self.positions
         for topic in self._topics:
             for partition, end in self._events.end_offsets(topic).items():
-                if (topic, partition) in self._next:
-                    lag = end - self._next[topic, partition]
+                if (topic, partition) in positions:
+                    lag = end - positions[topic, partition]
                     metrics.joiner_lag_records.labels(topic, str(partition)).set(lag)
 
     def _count(self, records: list[Record], batch: Batch, applied: Applied, seconds: float) -> None:

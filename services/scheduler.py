@@ -1,8 +1,9 @@
 """The clock: starts the nightly run, works on what was requested, watches the rollout.
 
-Three APScheduler jobs, each never beside itself: the crontab line asks for a run; the worker does the run that is
+Four APScheduler jobs, each never beside itself: the crontab line asks for a run; the worker does the run that is
 asked for or was interrupted, under a lease with a heartbeat; the watch looks at the rollout every tick, also while a
-run is going on. It takes no decisions: those are in `loop.nightly` and `loop.rollout`.
+run is going on; once an hour, what has come of age leaves the store. It takes no decisions: those are in
+`loop.nightly`, `loop.rollout` and `loop.store.retention`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.cron import CronTrigger
@@ -27,8 +29,11 @@ from loop.rollout.vllm import EngineError
 from loop.rollout.watch import tick
 from loop.settings import Settings
 from loop.store import open_store
+from loop.store.retention import retire
 from loop.store.routes import RouteChangedError
 from loop.store.runs import Run, drop_lease, next_run, request_run, take_lease
+
+TIDY_S = 3600.0
 
 log = logging.getLogger("thumbwheel.scheduler")
 
@@ -65,8 +70,13 @@ def run_scheduler(settings: Settings, stop: threading.Event) -> None:
         except (EngineError, RouteChangedError, SQLAlchemyError) as exc:
             log.error("rollout not looked at", extra={"action": "watch_failed", "why": str(exc)})
 
-    for name, job in (("work", work), ("watch", watch)):
-        scheduler.add_job(job, "interval", seconds=clock.tick_s, id=name, max_instances=1, coalesce=True)
+    def tidy() -> None:
+        if _take(store, "rollout", holder, lead_s):
+            tidy_up(store, settings.store.retention_s, stop)
+
+    for name, job, seconds in (("work", work, clock.tick_s), ("watch", watch, clock.tick_s), ("tidy", tidy, TIDY_S)):
+        scheduler.add_job(job, "interval", seconds=seconds, id=name, max_instances=1, coalesce=True)
+    scheduler.modify_job("tidy", next_run_time=datetime.now(UTC))
     scheduler.start()
     log.info("scheduler started", extra={"action": "started", "next_run": scheduler.get_job("clock").next_run_time})
     stop.wait()
@@ -88,6 +98,19 @@ def work_on(settings: Settings, fleet: Fleet, run: Run, holder: str, stop: threa
         finally:
             drop_lease(store, "run", holder)
     return True
+
+
+def tidy_up(store: Engine, retention_s: float, stop: threading.Event) -> None:
+    """Let go of what is older than the store's retention; what cannot be done now is done in an hour."""
+    try:
+        retired = retire(store, retention_s, int(time.time() * 1000), stop)
+    except SQLAlchemyError as exc:
+        log.warning("store not tidied", extra={"action": "tidy_failed", "why": str(exc)})
+        return
+    metrics.store_orphaned_votes.inc(retired.orphaned_votes)
+    if retired.days or retired.orphaned_votes:
+        days = [str(day) for day in retired.days]
+        log.info("store tidied", extra={"action": "tidied", "days": days, "orphaned_votes": retired.orphaned_votes})
 
 
 def ask_for_run(store: Engine) -> Run:

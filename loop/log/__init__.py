@@ -69,4 +69,7 @@ class EventLog(Protocol):
     def end_offsets(self, topic: str) -> dict[int, int]:
         """The next offset of each partition."""
 
+    def identity(self) -> str:
+        """What offsets belong to: another one, once topics or file were made anew. Raises LogUnavailableError."""
+
     def close(self) -> None: ...

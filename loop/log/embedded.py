@@ -15,6 +15,7 @@ import os
 import sqlite3
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,8 @@ class EmbeddedLog:
         with unavailable(path):
             self._connection = open_file(path)
         with self._transaction() as connection:
-            connection.execute("INSERT OR IGNORE INTO meta VALUES ('partitions', ?)", (str(partitions),))
+            new = {"partitions": str(partitions), "identity": uuid.uuid4().hex}
+            connection.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", new.items())
         self.partitions = int(self.get_meta("partitions") or partitions)
         self._wal = os.open(f"{path}-wal", os.O_RDONLY)
         sync_folder(path.parent)
@@ -93,6 +95,12 @@ class EmbeddedLog:
         with self._lock, unavailable(self.path):
             row = self._connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
+
+    def identity(self) -> str:
+        """Of this file; another one, once it was made anew. Raises LogUnavailableError."""
+        found = self.get_meta("identity")
+        assert found is not None
+        return found
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

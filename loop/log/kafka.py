@@ -49,6 +49,7 @@ class KafkaLog:
         self._lock = threading.Lock()
         self._producer: Any = None
         self._asker: Any = None
+        self._admin: Any = None
         with self._reaching():
             _prepare_topics(settings, self._client)
 
@@ -111,6 +112,15 @@ class KafkaLog:
             ends = self._asker.end_offsets(places, timeout_ms=int(REQUEST_S * 1000))
             return {place.partition: int(end) for place, end in ends.items()}
 
+    def identity(self) -> str:
+        """The cluster's id and those of the two topics. Raises LogUnavailableError."""
+        pair = [self._settings.responses_topic, self._settings.feedback_topic]
+        with self._lock, self._reaching():
+            if self._admin is None:
+                self._admin = KafkaAdminClient(**self._client, request_timeout_ms=int(REQUEST_S * 1000))
+            ids = {topic["name"]: str(topic["topic_id"]) for topic in self._admin.describe_topics(pair)}
+            return " ".join([str(self._admin.describe_cluster()["cluster_id"]), *(ids[topic] for topic in pair)])
+
     def close(self) -> None:
         """Close the connections; what `append` returned from is with the brokers."""
         with self._lock:
@@ -118,6 +128,8 @@ class KafkaLog:
                 self._producer.close(timeout=REQUEST_S)
             if self._asker is not None:
                 self._asker.close(autocommit=False)
+            if self._admin is not None:
+                self._admin.close()
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:

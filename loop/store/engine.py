@@ -19,12 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 
 from loop.settings import StoreSettings
-from loop.store.schema import metadata
+from loop.store.schema import REVISION, metadata
 
 BUSY_TIMEOUT_S = 30.0
 # Below Kafka's session time-out (10 s at the least that clients use): a writer that was stopped in its last transaction
@@ -107,7 +107,7 @@ def _make_sqlite_schema(engine: Engine) -> None:
     finally:
         connection.close()
     with write(engine) as transaction:
-        metadata.create_all(transaction)
+        _make_schema(transaction)
 
 
 def _open_postgres(url: URL, pool_size: int) -> Engine:
@@ -120,8 +120,20 @@ def _open_postgres(url: URL, pool_size: int) -> Engine:
     )
     with write(engine) as connection:
         lock_schema(connection)
-        metadata.create_all(connection)
+        _make_schema(connection)
     return engine
+
+
+def _make_schema(connection: Connection) -> None:
+    """All tables in an empty store; what is missing in an older one. Raises ValueError for a newer one."""
+    if not inspect(connection).has_table("alembic_version"):
+        connection.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"))
+        connection.execute(text("INSERT INTO alembic_version VALUES (:revision)"), {"revision": REVISION})
+        metadata.create_all(connection)
+    elif connection.execute(text("SELECT version_num FROM alembic_version")).scalar() != REVISION:
+        from loop.store.migrate import upgrade  # Alembic takes 0.2 s to load, and is needed once a release
+
+        upgrade(connection)
 
 
 def lock_schema(connection: Connection) -> None:

@@ -6,10 +6,12 @@ touches in one transaction has the keys of the batch's partitions, so joiners of
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import NamedTuple
 
 import msgspec
 from sqlalchemy import Engine, func, select
@@ -29,7 +31,9 @@ from loop.join import (
 from loop.store.bulk import Bulk, open_bulk
 from loop.store.engine import write
 from loop.store.partitions import ensure_days
-from loop.store.schema import dead_letters, examples, positions, response_index, responses, votes
+from loop.store.schema import IS_PENDING, dead_letters, examples, positions, response_index, responses, votes
+
+logger = logging.getLogger(__name__)
 
 _VOTE = "key, feedback_id, response_id, message_id, choice_index, rater, value, weight, source, hlc, event_id"
 
@@ -50,12 +54,26 @@ class Applied:
     votes: list[Vote]
 
 
-Span = tuple[int, int]
-"""The offset a partition stood at, and where it stands behind the batch."""
+class Reader(NamedTuple):
+    """Whose positions are meant: a consumer group's, in a log. Offsets in one log mean nothing in another."""
+
+    group: str
+    log_id: str
 
 
-def apply(engine: Engine, group: str, batch: Batch, spans: Mapping[tuple[str, int], Span]) -> Applied:
-    """Join a batch and move the group's positions, in one transaction.
+class Offsets(NamedTuple):
+    """Where a partition number is read on, in each of the two topics."""
+
+    responses: int
+    feedback: int
+
+
+Span = tuple[Offsets, Offsets]
+"""Where a partition stood, and where it stands behind the batch."""
+
+
+def apply(engine: Engine, reader: Reader, batch: Batch, spans: Mapping[int, Span]) -> Applied:
+    """Join a batch and move the reader's positions, in one transaction.
 
     Raises PositionMovedError, StoreUnavailableError; nothing was changed then.
     """
@@ -70,7 +88,7 @@ def apply(engine: Engine, group: str, batch: Batch, spans: Mapping[tuple[str, in
             bulk.stage(responses, bodies)
             bulk.stage(response_index, [(id, *response[1:]) for id, response, _ in turned])
             # 2. Whoever moves the positions has these partitions to himself until he commits.
-            _advance(bulk, group, spans)
+            _advance(bulk, reader, spans)
             # 3. Facts before what follows from them.
             added, replaced, inserted = _add_responses(bulk, batch)
             changed, displaced = _add_votes(bulk, batch.votes)
@@ -94,31 +112,44 @@ def reaching(engine: Engine) -> Iterator[None]:
         raise StoreUnavailableError(f"store: {exc}") from exc
 
 
-def start_positions(engine: Engine, group: str, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
-    """Where the group reads on in each (topic, partition); 0 where it never was. Raises StoreUnavailableError."""
-    wanted = sorted(places)
+def start_positions(engine: Engine, reader: Reader, partitions: Iterable[int]) -> dict[int, Offsets]:
+    """Where the reader goes on in each partition; at 0 where it never was, or was in another log of the same name.
+
+    Raises StoreUnavailableError.
+    """
+    wanted = sorted(partitions)
     with reaching(engine), write(engine) as connection:
         bulk = open_bulk(connection)
-        bulk.insert(positions, [(group, topic, partition, 0) for topic, partition in wanted])
-        rows = bulk.select("SELECT topic, partition, next FROM positions WHERE consumer_group = ?", group)
-    found = {(topic, partition): next_ for topic, partition, next_ in rows}
-    return {place: found[place] for place in wanted}
+        bulk.insert(positions, [(reader.group, partition, reader.log_id, 0, 0) for partition in wanted])
+        anew = bulk.execute(
+            "UPDATE positions SET log_id = ?, responses_next = 0, feedback_next = 0"
+            " WHERE consumer_group = ? AND partition IN ?? AND log_id <> ?",
+            *(reader.log_id, reader.group, set(wanted), reader.log_id),
+        )
+        rows = bulk.select(
+            "SELECT partition, responses_next, feedback_next FROM positions WHERE consumer_group = ?", reader.group
+        )
+    if anew:
+        logger.warning("%d partitions are of a new log (%s): read from its beginning", anew, reader.log_id)
+    found = {partition: Offsets(*next_) for partition, *next_ in rows}
+    return {partition: found[partition] for partition in wanted}
 
 
 def count_pending(engine: Engine) -> int:
     """Votes whose response was not seen yet."""
     with reaching(engine), engine.connect() as connection:
-        return int(connection.execute(select(func.count()).where(votes.c.pending)).scalar_one())
+        return int(connection.execute(select(func.count()).select_from(votes).where(IS_PENDING)).scalar_one())
 
 
-def _advance(bulk: Bulk, group: str, spans: Mapping[tuple[str, int], Span]) -> None:
-    for (topic, partition), (start, end) in sorted(spans.items()):  # one order for all: no deadlocks
+def _advance(bulk: Bulk, reader: Reader, spans: Mapping[int, Span]) -> None:
+    for partition, (start, end) in sorted(spans.items()):  # one order for all: no deadlocks
         moved = bulk.execute(
-            "UPDATE positions SET next = ? WHERE consumer_group = ? AND topic = ? AND partition = ? AND next = ?",
-            *(end, group, topic, partition, start),
+            "UPDATE positions SET responses_next = ?, feedback_next = ? WHERE consumer_group = ? AND partition = ?"
+            " AND log_id = ? AND responses_next = ? AND feedback_next = ?",
+            *(*end, reader.group, partition, reader.log_id, *start),
         )
         if moved != 1:
-            raise PositionMovedError(f"{group} is no longer at {topic}[{partition}] offset {start}")
+            raise PositionMovedError(f"{reader.group} is no longer at offsets {tuple(start)} of partition {partition}")
 
 
 def _add_responses(bulk: Bulk, batch: Batch) -> tuple[list[Response], list[Response], int]:
@@ -219,7 +250,11 @@ def _events(bulk: Bulk, batch: Batch, wanted: Iterable[Response]) -> dict[str, b
         "SELECT turned_id, body FROM responses WHERE day IN ?? AND turned_id IN ??",
         *({response.day for response in missing}, {turn(response.response_id) for response in missing}),
     )
-    return found | {turn_back(id): bytes(body) for id, body in rows}
+    found |= {turn_back(id): bytes(body) for id, body in rows}
+    # Of a rated response that is older than the store's retention, the example is all that is left.
+    left = {response.response_id for response in missing} - found.keys()
+    old = bulk.select("SELECT response_id, body FROM examples WHERE response_id IN ??", left)
+    return found | {id: bytes(body) for id, body in old}
 
 
 def _known(bulk: Bulk, ids: Iterable[str]) -> dict[str, Response]:

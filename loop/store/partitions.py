@@ -1,6 +1,6 @@
 """Postgres' partitions of `responses`, one a UTC day, so that retention drops tables and deletes no rows.
 
-On SQLite there are none, and nothing to do.
+On SQLite there are none, and nothing to attach or drop.
 """
 
 from __future__ import annotations
@@ -8,39 +8,63 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, func, select, text
 
 from loop.store.engine import lock_schema, write
+from loop.store.schema import responses
 
 DAYS_AHEAD = 2
+LOCK_TIMEOUT_S = 2.0
+_PARTITIONS = text(
+    "SELECT relname FROM pg_inherits JOIN pg_class ON oid = inhrelid WHERE inhparent = 'responses'::regclass"
+)
 
 
-def ensure_days(engine: Engine, days: Iterable[str]) -> None:
-    """Make the partitions of these days (YYYY-MM-DD) where they are not there, and then those of the next days too.
+def ensure_days(engine: Engine, days: Iterable[str] = ()) -> None:
+    """Attach the partitions of these days (YYYY-MM-DD) and of the next ones, where one of them is not there.
 
-    In a transaction of its own, before a batch's: making one locks the whole table for a moment.
+    In a transaction of its own, before a batch's. A table that is made apart and then attached locks out no reader or
+    writer of the others, as one made in its place would.
     """
     if engine.dialect.name != "postgresql":
         return
     wanted = {_name(date.fromisoformat(day)): date.fromisoformat(day) for day in days}
-    query = text(
-        "SELECT relname FROM pg_inherits JOIN pg_class ON oid = inhrelid WHERE inhparent = 'responses'::regclass"
-    )
     with engine.connect() as connection:
-        there = set(connection.execute(query).scalars())
-    if wanted.keys() <= there:
+        there = set(connection.execute(_PARTITIONS).scalars())
+    if wanted and wanted.keys() <= there:
         return
     today = datetime.now(UTC).date()
     wanted |= {_name(day): day for day in (today + timedelta(n) for n in range(DAYS_AHEAD + 1))}
     with write(engine) as connection:
-        lock_schema(connection)  # IF NOT EXISTS alone does not stand two makers at once
-        for name, day in sorted(wanted.items()):
+        lock_schema(connection)
+        for name in sorted(wanted.keys() - set(connection.execute(_PARTITIONS).scalars())):
+            first, next_ = wanted[name], wanted[name] + timedelta(1)
+            connection.execute(text(f"CREATE TABLE {name} (LIKE responses INCLUDING ALL)"))
             connection.execute(
-                text(
-                    f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF responses"
-                    f" FOR VALUES FROM ('{day}') TO ('{day + timedelta(1)}')"
-                )
+                text(f"ALTER TABLE responses ATTACH PARTITION {name} FOR VALUES FROM ('{first}') TO ('{next_}')")
             )
+
+
+def oldest_day(engine: Engine) -> date | None:
+    """The first day that has bodies, or had some; None in an empty store."""
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            names = connection.execute(_PARTITIONS).scalars()
+            return min((datetime.strptime(name, "responses_%Y%m%d").date() for name in names), default=None)
+        oldest: date | None = connection.execute(select(func.min(responses.c.day))).scalar_one()
+        return oldest
+
+
+def drop_day(engine: Engine, day: date) -> None:
+    """Drop the day's partition, with its bodies. Raises OperationalError where the lock is not had within
+    LOCK_TIMEOUT_S, so that nobody waits behind us for a reader who takes his time.
+    """
+    if engine.dialect.name != "postgresql":
+        return
+    with write(engine) as connection:
+        connection.execute(text(f"SET LOCAL lock_timeout = {int(LOCK_TIMEOUT_S * 1000)}"))
+        lock_schema(connection)
+        connection.execute(text(f"DROP TABLE {_name(day)}"))
 
 
 def _name(day: date) -> str:

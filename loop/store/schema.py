@@ -19,6 +19,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql
 
+# Of `migrations/versions`; to be raised with every change below.
+REVISION = "0001"
+
 metadata = MetaData()
 Json = JSON().with_variant(postgresql.JSONB(), "postgresql")
 Bytes = LargeBinary()
@@ -59,6 +62,8 @@ response_index = Table(
     sqlite_with_rowid=False,
 )
 
+IS_PENDING = text("pending")  # as its index says it: to SQLite, SQLAlchemy's `pending = 1` is another condition
+
 # One row for each feedback_id, at its earliest stamp. The key is a part of the identity: so a partition's votes are
 # its joiner's alone, even where an app uses one feedback_id for two responses. `pending`: its response is not seen yet.
 votes = Table(
@@ -79,7 +84,7 @@ votes = Table(
     Column("pending", Boolean, nullable=False),
     Index("votes_response", "response_id"),
     Index("votes_message", "message_id"),
-    Index("votes_pending", "hlc", sqlite_where=text("pending"), postgresql_where=text("pending")),
+    Index("votes_pending", "hlc", sqlite_where=IS_PENDING, postgresql_where=IS_PENDING),
 )
 
 # A response's choice with the votes that stand on it: what snapshots read.
@@ -103,13 +108,16 @@ examples = Table(
     Index("examples_adapter", "adapter", "voted_at_ms"),
 )
 
+# One row for each partition number: whoever moves it has this partition's keys, of both topics, to himself until he
+# commits. `log_id` is the log's identity, so that topics which were made anew are read from their beginning.
 positions = Table(
     "positions",
     metadata,
     Column("consumer_group", String(128), primary_key=True),
-    Column("topic", String(249), primary_key=True),
     Column("partition", Integer, primary_key=True),
-    Column("next", BigInteger, nullable=False),
+    Column("log_id", String(256), nullable=False),
+    Column("responses_next", BigInteger, nullable=False),
+    Column("feedback_next", BigInteger, nullable=False),
 )
 
 # Outbox: written in the join's transaction, sent to `<topic>.dlt` afterwards.

@@ -25,7 +25,7 @@ from loop.log.open import open_log
 from loop.settings import LogSettings, Settings, StoreSettings
 from loop.store import open_store
 from loop.store.examples import stream_examples
-from loop.store.joining import start_positions
+from loop.store.joining import Reader, start_positions
 from tests.conftest import free_port
 from tests.join.oracle import Examples, examples_of
 from tests.join.traffic import RESPONSES, START_MS, colliding_events, feedback, response, response_id
@@ -103,9 +103,9 @@ def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 60.0) -> N
 
 
 def is_joined(store: Engine, log: EventLog, settings: Settings) -> bool:
-    topics = (settings.log.responses_topic, settings.log.feedback_topic)
-    ends = {(topic, n): end for topic in topics for n, end in log.end_offsets(topic).items()}
-    return start_positions(store, settings.joiner.group, ends) == ends
+    ends = [log.end_offsets(topic) for topic in (settings.log.responses_topic, settings.log.feedback_topic)]
+    positions = start_positions(store, Reader(settings.joiner.group, log.identity()), ends[0])
+    return all(tuple(offsets) == (ends[0][n], ends[1][n]) for n, offsets in positions.items())
 
 
 def examples_in(store: Engine) -> Examples:
@@ -156,7 +156,11 @@ def _has_moved(store: Engine, before: int) -> bool:
 
 def _offset(store: Engine) -> int:
     with store.connect() as connection:
-        return int(connection.exec_driver_sql("SELECT coalesce(sum(next), 0) FROM positions").scalar_one())
+        return int(
+            connection.exec_driver_sql(
+                "SELECT coalesce(sum(responses_next + feedback_next), 0) FROM positions"
+            ).scalar_one()
+        )
 
 
 def test_rubbish_goes_to_dead_letters_and_the_stream_goes_on(start: Start, tmp_path: Path) -> None:

@@ -12,17 +12,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
-from sqlalchemy import Engine, delete, func, select
+from sqlalchemy import Engine, func, select
 
-from loop.join import Batch, read_batch
-from loop.log import NewRecord, Record
+from loop.log import NewRecord
 from loop.settings import StoreSettings
-from loop.store import open_store, write
+from loop.store import open_store
 from loop.store.dead_letters import send_dead_letters
 from loop.store.examples import count_labels, stream_examples
-from loop.store.joining import PositionMovedError, apply, count_pending, start_positions, turn, turn_back
-from loop.store.schema import dead_letters, metadata, positions, responses, votes
-from tests.join.oracle import Examples, examples_of
+from loop.store.joining import (
+    Offsets,
+    PositionMovedError,
+    apply,
+    count_pending,
+    start_positions,
+    turn,
+    turn_back,
+)
+from loop.store.schema import dead_letters, responses, votes
+from tests.join.oracle import examples_of
 from tests.join.traffic import (
     RESPONSES,
     START_MS,
@@ -32,49 +39,10 @@ from tests.join.traffic import (
     response,
     response_id,
 )
+from tests.store.joined import READER, START, batch_of, empty, examples_in
 
 ID = response_id("a" * 16, 1)
 HLC = START_MS << 16
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgres"])
-def kept_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """One store for many examples of a property."""
-    if request.param == "postgres":
-        opened = open_store(request.getfixturevalue("postgres").new_store())
-    else:
-        opened = open_store(StoreSettings(url=SecretStr(f"sqlite:///{tmp_path_factory.mktemp('store')}/store.db")))
-    yield opened
-    opened.dispose()
-
-
-@pytest.fixture
-def store(kept_store: Engine) -> Engine:
-    """An empty store."""
-    empty(kept_store)
-    return kept_store
-
-
-def empty(store: Engine) -> None:
-    with write(store) as connection:
-        for table in metadata.sorted_tables:
-            connection.execute(delete(table))
-
-
-def batch_of(*records: NewRecord) -> Batch:
-    return read_batch([Record(r.topic, 0, n, r.key, r.value, 0) for n, r in enumerate(records)], RESPONSES)
-
-
-def examples_in(store: Engine) -> Examples:
-    return {
-        (e.response_id, e.choice_index): {
-            "votes": {v["rater"]: (v["value"], v["weight"], v["hlc"]) for v in e.votes},
-            "up": e.up,
-            "down": e.down,
-            "event": e.event,
-        }
-        for e in stream_examples(store, date.min, page_rows=7)
-    }
 
 
 def deliver(store: Engine, events: list[NewRecord], random_: random.Random, sizes: list[int]) -> None:
@@ -83,7 +51,7 @@ def deliver(store: Engine, events: list[NewRecord], random_: random.Random, size
     random_.shuffle(order)
     while order:
         size = random_.choice(sizes)
-        apply(store, "g", batch_of(*order[:size]), {})
+        apply(store, READER, batch_of(*order[:size]), {})
         order = order[size:]
 
 
@@ -126,50 +94,68 @@ def test_the_same_on_both_stores(kept_store: Engine, seed: int) -> None:
 
 
 def test_a_vote_that_comes_first_waits_for_its_response(store: Engine) -> None:
-    apply(store, "g", batch_of(feedback("f", "up", HLC, response_id=ID)), {})
+    apply(store, READER, batch_of(feedback("f", "up", HLC, response_id=ID)), {})
     assert (examples_in(store), count_pending(store)) == ({}, 1)
-    apply(store, "g", batch_of(response(ID)), {})
+    apply(store, READER, batch_of(response(ID)), {})
     assert (list(examples_in(store)), count_pending(store)) == ([(ID, 0)], 0)
 
 
 def test_a_newer_response_takes_over_the_votes_on_its_message(store: Engine) -> None:
     first, second = (response_id(key_of_message_id("m"), n) for n in (1, 2))
     vote = feedback("f", "down", HLC, message_id="m")
-    apply(store, "g", batch_of(vote, response(first, message_id="m")), {})
+    apply(store, READER, batch_of(vote, response(first, message_id="m")), {})
     assert list(examples_in(store)) == [(first, 0)]
-    apply(store, "g", batch_of(response(second, message_id="m", at_ms=START_MS + 1)), {})
+    apply(store, READER, batch_of(response(second, message_id="m", at_ms=START_MS + 1)), {})
     assert list(examples_in(store)) == [(second, 0)]
 
 
 def test_a_retracted_vote_takes_its_example_away_and_duplicates_change_nothing(store: Engine) -> None:
     up, back = feedback("f", "up", HLC, response_id=ID), feedback("g", "retract", HLC + 1, response_id=ID)
-    first = apply(store, "g", batch_of(response(ID), up), {})
+    first = apply(store, READER, batch_of(response(ID), up), {})
     assert (first.responses, len(first.votes)) == (1, 1)
-    again = apply(store, "g", batch_of(response(ID), up), {})
+    again = apply(store, READER, batch_of(response(ID), up), {})
     assert (again.responses, again.votes) == (0, [])
-    apply(store, "g", batch_of(back), {})
+    apply(store, READER, batch_of(back), {})
     assert examples_in(store) == {}
-    apply(store, "g", batch_of(up), {})
+    apply(store, READER, batch_of(up), {})
     assert examples_in(store) == {}
 
 
 def test_a_zombie_changes_nothing(store: Engine) -> None:
-    place = (RESPONSES, 3)
-    assert start_positions(store, "g", [place]) == {place: 0}
-    apply(store, "g", batch_of(response(ID)), {place: (0, 10)})
+    assert start_positions(store, READER, [3]) == {3: (0, 0)}
+    apply(store, READER, batch_of(response(ID)), {3: (START, Offsets(10, 0))})
     other = response_id("b" * 16, 2)
-    with pytest.raises(PositionMovedError, match=r"no longer at thumbwheel\.responses\[3\] offset 0"):
-        apply(store, "g", batch_of(response(other), feedback("f", "up", HLC, response_id=other)), {place: (0, 12)})
+    late = batch_of(response(other), feedback("f", "up", HLC, response_id=other))
+    with pytest.raises(PositionMovedError, match=r"g is no longer at offsets \(0, 0\) of partition 3"):
+        apply(store, READER, late, {3: (START, Offsets(12, 1))})
     assert examples_in(store) == {}
-    assert start_positions(store, "g", [place]) == {place: 10}
+    assert start_positions(store, READER, [3]) == {3: (10, 0)}
     with store.connect() as connection:
         assert connection.execute(select(func.count()).select_from(responses)).scalar_one() == 1
-        assert connection.execute(select(positions.c.next)).scalars().all() == [10]
+
+
+def test_a_zombie_with_the_other_topics_records_changes_nothing(store: Engine) -> None:
+    """Each would see only its own half of the pair, and nobody would join them."""
+    start_positions(store, READER, [3])
+    apply(store, READER, batch_of(response(ID)), {3: (START, Offsets(1, 0))})
+    with pytest.raises(PositionMovedError):
+        apply(store, READER, batch_of(feedback("f", "up", HLC, response_id=ID)), {3: (START, Offsets(0, 1))})
+
+
+def test_topics_made_anew_are_read_from_their_beginning(store: Engine) -> None:
+    start_positions(store, READER, [0, 1])
+    apply(store, READER, batch_of(response(ID)), {1: (START, Offsets(10, 20))})
+    anew = READER._replace(log_id="another")
+    assert start_positions(store, anew, [1]) == {1: (0, 0)}
+    with pytest.raises(PositionMovedError):
+        apply(store, READER, batch_of(response(ID)), {1: (Offsets(10, 20), Offsets(11, 20))})
+    assert start_positions(store, READER._replace(group="h"), [1]) == {1: (0, 0)}
+    assert start_positions(store, anew, [0, 1]) == {0: (0, 0), 1: (0, 0)}
 
 
 def test_a_nul_in_a_comment_is_kept_out_of_the_columns(store: Engine) -> None:
     vote = feedback("f", "up", HLC, response_id=ID, comment="a\0b", reasons=["\\u0000"])
-    apply(store, "g", batch_of(vote, response(ID)), {})
+    apply(store, READER, batch_of(vote, response(ID)), {})
     with store.connect() as connection:
         detail: Any = connection.execute(select(votes.c.detail)).scalar_one()
     assert detail["comment"] == "a\ufffdb"
@@ -187,8 +173,8 @@ class Outbox:
 
 def test_dead_letters_are_sent_once_with_where_they_were(store: Engine) -> None:
     broken = NewRecord(RESPONSES, "k\0", b"\x00{", {})
-    apply(store, "g", batch_of(broken, response(ID)), {})
-    apply(store, "g", batch_of(broken), {})
+    apply(store, READER, batch_of(broken, response(ID)), {})
+    apply(store, READER, batch_of(broken), {})
     outbox: Any = Outbox()
     assert send_dead_letters(store, outbox, {1}) == 0  # another joiner's
     assert send_dead_letters(store, outbox, {0}) == 1
@@ -208,7 +194,7 @@ def test_examples_stream_in_one_order_and_are_counted(store: Engine) -> None:
     served = [response(id, at_ms=START_MS + n % 3 * day_ms, adapter="a@v000001") for n, id in enumerate(ids)]
     thumbs = [feedback(f"f{n}", "up" if n % 5 else "down", HLC, response_id=id) for n, id in enumerate(ids)]
     tie = [feedback(f"t{n}", v, HLC, response_id=ids[1], rater=v) for n, v in enumerate(("down",))]
-    apply(store, "g", batch_of(*served, *thumbs, *tie), {})
+    apply(store, READER, batch_of(*served, *thumbs, *tie), {})
     found = list(stream_examples(store, date.min, page_rows=4))
     assert [(e.day, e.response_id) for e in found] == sorted((e.day, e.response_id) for e in found)
     assert len({e.response_id for e in found}) == 25

@@ -1,0 +1,75 @@
+"""What leaves the store by age: responses that nobody rated, and votes whose response never came.
+
+A rated response stays, as its example, and can still be voted on. On Postgres a day of bodies is a table that is
+dropped; on SQLite its rows are deleted, in transactions as short as the joiner's.
+"""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, date, datetime
+from typing import NamedTuple
+
+from sqlalchemy import Engine, delete, select, tuple_
+
+from loop.store.engine import write
+from loop.store.joining import turn_back
+from loop.store.partitions import drop_day, ensure_days, oldest_day
+from loop.store.schema import IS_PENDING, examples, response_index, responses, votes
+
+ROWS = 1_000  # deleted in one transaction
+
+
+class Retired(NamedTuple):
+    """What one pass took out."""
+
+    days: list[date]
+    orphaned_votes: int
+
+
+def retire(engine: Engine, retention_s: float, now_ms: int, stop: threading.Event) -> Retired:
+    """Take out what is older than `retention_s`, and attach the next days' partitions. Ended anywhere, by `stop` too,
+    it goes on with the next call. Raises what SQLAlchemy raises.
+    """
+    ensure_days(engine)
+    before_ms = now_ms - int(retention_s * 1000)
+    orphaned = _delete_orphans(engine, before_ms, stop)
+    first_kept = datetime.fromtimestamp(before_ms / 1000, UTC).date()
+    days: list[date] = []
+    while (day := oldest_day(engine)) is not None and day < first_kept and _forget(engine, day, stop):
+        drop_day(engine, day)
+        days.append(day)
+    return Retired(days, orphaned)
+
+
+def _delete_orphans(engine: Engine, before_ms: int, stop: threading.Event) -> int:
+    columns = votes.c.key, votes.c.feedback_id
+    page = select(*columns).where(IS_PENDING, votes.c.hlc < before_ms << 16).order_by(votes.c.hlc).limit(ROWS)
+    deleted, found = 0, ROWS
+    while found == ROWS and not stop.is_set():
+        with write(engine) as connection:
+            found = connection.execute(delete(votes).where(tuple_(*columns).in_(page))).rowcount
+        deleted += found
+    return deleted
+
+
+def _forget(engine: Engine, day: date, stop: threading.Event) -> bool:
+    """Take the day's responses out of the index, but for those with examples; False where `stop` came before the end.
+
+    On SQLite their bodies go with them.
+    """
+    after = ""
+    query = select(responses.c.turned_id).where(responses.c.day == day).order_by(responses.c.turned_id).limit(ROWS)
+    while not stop.is_set():
+        with write(engine) as connection:
+            ids = connection.execute(query.where(responses.c.turned_id > after)).scalars().all()
+            if not ids:
+                return True
+            of = {turn_back(id): id for id in ids}
+            rated = connection.execute(select(examples.c.response_id).where(examples.c.response_id.in_(of))).scalars()
+            unrated = of.keys() - set(rated)
+            connection.execute(delete(response_index).where(response_index.c.turned_id.in_(of[id] for id in unrated)))
+            if engine.dialect.name == "sqlite":
+                connection.execute(delete(responses).where(responses.c.day == day, responses.c.turned_id.in_(ids)))
+            after = ids[-1]
+    return False

@@ -1,0 +1,80 @@
+"""The schema as `schema.py` has it and as the migrations make it, on SQLite and on real Postgres: one and the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, Engine, create_engine, inspect, text
+
+from loop.settings import StoreSettings
+from loop.store import open_store, write
+from loop.store.migrate import head, upgrade
+from loop.store.schema import REVISION, metadata
+
+
+@pytest.fixture
+def bare(store_settings: StoreSettings) -> Iterator[Engine]:
+    """A database without a table."""
+    made = create_engine(store_settings.url.get_secret_value())
+    cascade = "" if made.dialect.name == "sqlite" else " CASCADE"
+    with made.begin() as connection:
+        for name in inspect(connection).get_table_names():
+            connection.execute(text(f'DROP TABLE IF EXISTS "{name}"{cascade}'))
+    yield made
+    made.dispose()
+
+
+def differences(connection: Connection) -> list[Any]:
+    context = MigrationContext.configure(connection, opts={"compare_type": True})
+    return compare_metadata(context, metadata)
+
+
+def test_the_last_revision_is_this_codes() -> None:
+    assert head() == REVISION
+
+
+def test_migrated_from_nothing_it_is_the_schema(bare: Engine) -> None:
+    with bare.begin() as connection:
+        upgrade(connection)
+        assert differences(connection) == []
+        made = {table: details(connection, table) for table in metadata.tables}
+        for table in reversed(metadata.sorted_tables):
+            table.drop(connection)
+        metadata.create_all(connection)
+        assert {table: details(connection, table) for table in metadata.tables} == made
+
+
+def details(connection: Connection, table: str) -> Any:
+    """What autogenerate does not compare: primary keys, collations, indexes with their conditions, partitioning."""
+    if connection.dialect.name == "sqlite":
+        query = text("SELECT sql FROM sqlite_master WHERE tbl_name = :table ORDER BY name")
+        return [sql and sql.replace('"', "") for sql in connection.execute(query, {"table": table}).scalars()]
+    queries = (
+        "SELECT indexdef FROM pg_indexes WHERE tablename = :table ORDER BY indexdef",
+        "SELECT column_name, data_type, collation_name, is_nullable FROM information_schema.columns"
+        " WHERE table_name = :table ORDER BY ordinal_position",
+        "SELECT pg_get_partkeydef(cast(:table AS regclass))",
+    )
+    return [[tuple(row) for row in connection.execute(text(query), {"table": table})] for query in queries]
+
+
+def test_a_new_store_is_of_the_last_revision(bare: Engine, store_settings: StoreSettings) -> None:
+    for _ in range(2):
+        store = open_store(store_settings)
+        with store.connect() as connection:
+            assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == [REVISION]
+            assert differences(connection) == []
+        store.dispose()
+
+
+def test_a_store_of_a_newer_version_is_refused(bare: Engine, store_settings: StoreSettings) -> None:
+    store = open_store(store_settings)
+    with write(store) as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    store.dispose()
+    with pytest.raises(ValueError, match=r"9999.*made by a newer version"):
+        open_store(store_settings)

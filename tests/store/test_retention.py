@@ -1,0 +1,125 @@
+"""What leaves the store by age, and what stays."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from sqlalchemy import Engine, func, select, text
+from sqlalchemy.exc import OperationalError
+
+from loop.store import retention
+from loop.store.joining import apply, count_pending, turn_back
+from loop.store.partitions import ensure_days, oldest_day
+from loop.store.retention import retire
+from loop.store.schema import response_index, responses, votes
+from tests.join.traffic import DAY_MS, START_MS, feedback, response, response_id
+from tests.store.joined import READER, batch_of, examples_in
+
+RETENTION_S = 2 * 86_400
+NOW_MS = START_MS + 10 * DAY_MS
+IDS = [response_id(f"{n:016x}", n) for n in range(12)]
+GOING = threading.Event()
+
+
+def hlc(at_ms: int) -> int:
+    return at_ms << 16
+
+
+@pytest.fixture
+def aged(store: Engine) -> Engine:
+    """One response a day for the last twelve; those of even number are rated."""
+    for n, id in enumerate(IDS):
+        at_ms = NOW_MS - n * DAY_MS
+        events = [response(id, at_ms=at_ms)]
+        if n % 2 == 0:
+            events.append(feedback(f"f{n}", "up", hlc(at_ms), response_id=id, rater="ann"))
+        apply(store, READER, batch_of(*events), {})
+    return store
+
+
+def kept(store: Engine) -> tuple[set[str], set[str]]:
+    """Response ids in the index, and with a body."""
+    with store.connect() as connection:
+        found = [connection.execute(select(t.c.turned_id)).scalars() for t in (response_index, responses)]
+        return {turn_back(id) for id in found[0]}, {turn_back(id) for id in found[1]}
+
+
+def test_old_responses_go_and_rated_ones_stay_as_examples(aged: Engine) -> None:
+    before = examples_in(aged)
+    retired = retire(aged, RETENTION_S, NOW_MS, GOING)
+    assert len(retired.days) == 9
+    assert kept(aged) == ({*IDS[:3], *IDS[::2]}, set(IDS[:3]))
+    assert examples_in(aged) == before
+    assert len(before) == 6
+    again = retire(aged, RETENTION_S, NOW_MS, GOING)
+    assert again == ([], 0)
+
+
+def test_an_old_example_can_still_be_voted_on(aged: Engine) -> None:
+    retire(aged, RETENTION_S, NOW_MS, GOING)
+    event = examples_in(aged)[IDS[10], 0]["event"]
+    apply(aged, READER, batch_of(feedback("late", "down", hlc(NOW_MS), response_id=IDS[10], rater="bob")), {})
+    assert examples_in(aged)[IDS[10], 0] == {
+        "votes": {"ann": ("up", 1.0, hlc(NOW_MS - 10 * DAY_MS)), "bob": ("down", 1.0, hlc(NOW_MS))},
+        "up": 1,
+        "down": 1,
+        "event": event,
+    }
+    for rater in ("ann", "bob"):
+        vote = feedback(f"back-{rater}", "retract", hlc(NOW_MS + 1), response_id=IDS[10], rater=rater)
+        apply(aged, READER, batch_of(vote), {})
+    assert (IDS[10], 0) not in examples_in(aged)
+
+
+def test_votes_whose_response_never_came_are_orphans_at_last(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "ROWS", 3)
+    old = [feedback(f"o{n}", "up", hlc(NOW_MS - 3 * DAY_MS), response_id=id) for n, id in enumerate(IDS)]
+    young = feedback("y", "up", hlc(NOW_MS - DAY_MS), response_id=IDS[0])
+    joined = [response(IDS[1], at_ms=NOW_MS), feedback("j", "up", hlc(NOW_MS - 9 * DAY_MS), response_id=IDS[1])]
+    apply(store, READER, batch_of(*old, young, *joined), {})
+    assert retire(store, RETENTION_S, NOW_MS, GOING).orphaned_votes == 11  # the twelfth has met its response
+    assert count_pending(store) == 1
+    assert len(examples_in(store)) == 1
+    with store.connect() as connection:
+        assert set(connection.execute(select(votes.c.feedback_id)).scalars()) == {"y", "j", "o1"}
+
+
+def test_stopped_in_the_middle_it_goes_on_with_the_next_call(aged: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "ROWS", 1)
+    stop = threading.Event()
+    looks = iter(range(100))
+    monkeypatch.setattr(stop, "is_set", lambda: next(looks) > 6)
+    retired = retire(aged, RETENTION_S, NOW_MS, stop)
+    assert 0 < len(retired.days) < 9
+    assert len(retired.days) + len(retire(aged, RETENTION_S, NOW_MS, GOING).days) == 9
+    assert kept(aged) == ({*IDS[:3], *IDS[::2]}, set(IDS[:3]))
+
+
+def test_who_reads_for_long_is_not_waited_for_and_blocks_nobody(aged: Engine) -> None:
+    count = select(func.count()).select_from(responses)
+    with aged.connect() as reader:
+        assert reader.execute(count).scalar_one() == 12
+        if aged.dialect.name == "sqlite":  # where a reader has a snapshot
+            assert len(retire(aged, RETENTION_S, NOW_MS, GOING).days) == 9
+            assert reader.execute(count).scalar_one() == 12
+            return
+        with pytest.raises(OperationalError, match="lock timeout"):
+            retire(aged, RETENTION_S, NOW_MS, GOING)
+        ensure_days(aged, ["2031-05-05"])  # attached beside the reader
+        apply(aged, READER, batch_of(response(response_id("f" * 16, 99), at_ms=NOW_MS)), {})
+    assert len(retire(aged, RETENTION_S, NOW_MS, GOING).days) == 9
+
+
+def test_the_next_days_are_attached_ahead(store: Engine) -> None:
+    retire(store, RETENTION_S, NOW_MS, GOING)
+    if store.dialect.name == "sqlite":
+        assert oldest_day(store) is None
+        return
+    with store.connect() as connection:
+        tomorrow = connection.execute(
+            text(
+                "SELECT to_regclass('responses_' || to_char((now() AT TIME ZONE 'UTC') + interval '1 day', 'YYYYMMDD'))"
+            )
+        )
+        assert tomorrow.scalar_one() is not None
