@@ -1,7 +1,8 @@
 """What a night can take over from earlier ones: reference log-probs, and which rows are grouped together.
 
 Entries are addressed by content: a hash of everything that a log-prob depends on. So nothing ever goes stale; what
-differs is simply not found. One SQLite file, `reference.db`; it holds hashes and numbers, no text and no token.
+differs is simply not found, and goes once no run has asked for it in KEEP_DAYS. One SQLite file, `reference.db`; it
+holds hashes and numbers, no text and no token.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import json
 import logging
 import sqlite3
 import struct
+import time
 import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
@@ -24,11 +27,15 @@ from loop.kto.rows import Row
 logger = logging.getLogger(__name__)
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS logps (
+    key BLOB PRIMARY KEY, value BLOB NOT NULL, used_day INTEGER NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS groups (
-    plan TEXT, key BLOB, number INTEGER NOT NULL, PRIMARY KEY (plan, key)
+    plan TEXT, key BLOB, number INTEGER NOT NULL, used_day INTEGER NOT NULL,
+    PRIMARY KEY (plan, key)
 ) WITHOUT ROWID;
 """
+KEEP_DAYS = 90
 _VALUE = struct.Struct("<dI")  # the log-prob, and a checksum over it and its key
 BUSY_TIMEOUT_S = 60.0
 
@@ -36,9 +43,13 @@ BUSY_TIMEOUT_S = 60.0
 class ReferenceCache:
     """A context manager. Without a folder it is in memory: a run then finds only what it has put there itself."""
 
-    def __init__(self, folder: Path | None, depends_on: Mapping[str, str]) -> None:
-        """`depends_on`: what log-probs depend on besides token ids (base, quantisation, dtype, device)."""
+    def __init__(self, folder: Path | None, depends_on: Mapping[str, str], today: int | None = None) -> None:
+        """`depends_on`: what log-probs depend on besides token ids (base, quantisation, dtype, device).
+
+        `today` is in days since 1970.
+        """
         self._identity = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).digest()
+        self._today = int(time.time() // 86_400) if today is None else today
         if folder is None:
             self._connection = _open(":memory:")
             return
@@ -59,7 +70,9 @@ class ReferenceCache:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._connection.close()
+        with closing(self._connection) as connection, connection:
+            for table in ("logps", "groups"):
+                connection.execute(f"DELETE FROM {table} WHERE used_day < ?", (self._today - KEEP_DAYS,))
 
     def key(self, prompt_ids: Tokens, completion_ids: Tokens) -> bytes:
         """The address of log π_ref(completion | prompt); where the prompt ends is part of it."""
@@ -72,13 +85,18 @@ class ReferenceCache:
             row = self._connection.execute("SELECT value FROM logps WHERE key = ?", (key,)).fetchone()
             if row is not None and (logp := _checked(key, row[0])) is not None:
                 found[key] = logp
+        with self._connection:
+            self._connection.executemany(
+                "UPDATE logps SET used_day = ? WHERE key = ? AND used_day < ?",
+                [(self._today, key, self._today) for key in found],
+            )
         return found
 
     def put(self, logps: Mapping[bytes, float]) -> None:
         """Keep them, all or none."""
-        rows = [(key, _VALUE.pack(logp, _checksum(key, logp))) for key, logp in logps.items()]
+        rows = [(key, _VALUE.pack(logp, _checksum(key, logp)), self._today) for key, logp in logps.items()]
         with self._connection:
-            self._connection.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", rows)
+            self._connection.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", rows)
 
     def groups(self, plan: str, rows: Sequence[Row]) -> list[int | None]:
         """The number of the group that each row was in under the same `plan` (size and seed); None for a new row."""
@@ -90,8 +108,8 @@ class ReferenceCache:
         """For the nights to come."""
         with self._connection:
             self._connection.executemany(
-                "INSERT OR REPLACE INTO groups VALUES (?, ?, ?)",
-                [(plan, key, number) for key, number in zip(_row_keys(rows), numbers, strict=True)],
+                "INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?)",
+                [(plan, key, number, self._today) for key, number in zip(_row_keys(rows), numbers, strict=True)],
             )
 
 

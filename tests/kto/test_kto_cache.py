@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from loop.kto.cache import ReferenceCache
+from loop.kto.cache import KEEP_DAYS, ReferenceCache
 from loop.kto.rows import Row
 from loop.kto.train import train
 from loop.settings import TrainSettings
@@ -50,6 +50,21 @@ def test_an_entry_of_another_key_is_damage(tmp_path: Path) -> None:
         with cache._connection:
             cache._connection.execute("UPDATE logps SET value = (SELECT value FROM logps WHERE key = ?)", (one,))
         assert cache.get([one, other]) == {one: -2.0}
+
+
+def test_what_no_run_asked_for_in_a_season_goes(tmp_path: Path, make_rows: Callable[..., list[Row]]) -> None:
+    rows = make_rows(2, seed=1)
+    with ReferenceCache(tmp_path, DEPENDS_ON, today=1000) as cache:
+        asked, forgotten = cache.key([1], [2]), cache.key([1], [3])
+        cache.put({asked: -1.0, forgotten: -2.0})
+        cache.keep_groups("plan", rows, [0, 1])
+    with ReferenceCache(tmp_path, DEPENDS_ON, today=1000 + KEEP_DAYS) as cache:
+        assert cache.get([asked]) == {asked: -1.0}
+        cache.keep_groups("plan", rows[:1], [0])
+    for _ in range(2):
+        with ReferenceCache(tmp_path, DEPENDS_ON, today=1001 + KEEP_DAYS) as cache:
+            found, groups = cache.get([asked, forgotten]), cache.groups("plan", rows)
+    assert (found, groups) == ({asked: -1.0}, [0, None])
 
 
 def test_a_file_that_is_no_database_is_put_aside(tmp_path: Path) -> None:
