@@ -73,13 +73,25 @@ def make_model(kind: str) -> Any:
             model = Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, sliding_window=7))
         case "granite":  # divides its logits
             model = GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0))
-    prepare(model)
     return model
+
+
+@pytest.fixture(name="make_model")
+def make_model_() -> Callable[[str], Any]:
+    """Makes a model as Transformers has it."""
+    return make_model
 
 
 @pytest.fixture
 def tiny_model() -> Callable[[str], Any]:
-    return make_model
+    """Makes a model as `load_base` hands it out."""
+
+    def make(kind: str) -> Any:
+        model = make_model(kind)
+        prepare(model)
+        return model
+
+    return make
 
 
 def add_lora(model: Any, attention: str, dropout: float = 0.0) -> Any:
@@ -99,7 +111,9 @@ def add_lora(model: Any, attention: str, dropout: float = 0.0) -> Any:
 @pytest.fixture
 def lora_model() -> Callable[..., Any]:
     def make(kind: str = "llama", attention: str = PACKED_ATTENTION, dropout: float = 0.0) -> Any:
-        return add_lora(make_model(kind), attention, dropout)
+        model = make_model(kind)
+        prepare(model)
+        return add_lora(model, attention, dropout)
 
     return make
 

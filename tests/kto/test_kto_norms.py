@@ -1,0 +1,53 @@
+"""Our RMSNorm against the models' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from loop.kto.norms import RmsNorm, _RmsNorm, replace_norms
+
+
+def test_the_gradient_is_that_of_the_function() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: _RmsNorm.apply(x, weight, 1e-6), (x,))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "granite"])
+def test_a_model_with_our_norms_is_the_same_model(kind: str, make_model: Callable[..., Any]) -> None:
+    theirs, ours = make_model(kind), make_model(kind)
+    for model in (theirs, ours):
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # they begin as 0 or 1
+                nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    norms = sum(type(module).__name__.endswith("RMSNorm") for module in theirs.modules())
+    replace_norms(ours)
+    assert sum(isinstance(module, RmsNorm) for module in ours.modules()) == norms > 0
+    ids = torch.arange(20).view(2, 10)
+    out: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    for model in (theirs, ours):
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        out.append(model(inputs_embeds=embedded).logits)
+        gradients += torch.autograd.grad(out[-1].square().sum(), embedded)
+    assert torch.allclose(out[0], out[1], rtol=1e-4, atol=1e-5)
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_a_norm_that_is_another_function_stays(make_model: Callable[..., Any]) -> None:
+    class ShiftedRMSNorm(nn.Module):
+        weight = torch.ones(8)
+        eps = 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / x.norm() + 1
+
+    model = nn.Sequential(ShiftedRMSNorm(), nn.RMSNorm(8, dtype=torch.bfloat16, eps=1e-6))
+    replace_norms(model)
+    assert not any(isinstance(module, RmsNorm) for module in model)
