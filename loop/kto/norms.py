@@ -1,5 +1,5 @@
-"""RMSNorm (Zhang & Sennrich 2019) with its gradient written out: on a CPU a fifth of the time of the models' own, and half
-of the memory, for only the input and a number a token are kept for the backward.
+"""RMSNorm (Zhang & Sennrich 2019) with its gradient written out: on a CPU a fifth of the time of the models' own, and
+half of the memory, for only the input and a number a token are kept for the backward.
 
     y = w · x · r,    r = 1 / sqrt(mean(x²) + ε)
     ∂L/∂x = r · (g − x · r² · mean(g · x)),    g = w · ∂L/∂y
