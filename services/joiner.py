@@ -18,10 +18,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from typing import TypeVar
 
 from prometheus_client import start_http_server
-from sqlalchemy import Engine
+from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import OperationalError
 
 from loop import metrics
@@ -41,6 +42,7 @@ from loop.store.joining import (
     reaching,
     start_positions,
 )
+from loop.store.schema import votes
 
 RETRY_S = 1.0
 COMMIT_EVERY_S = 1.0
@@ -76,9 +78,16 @@ def _when_there(make: Callable[[], T], stop: threading.Event) -> T | None:
         try:
             return make()
         except (LogUnavailableError, OperationalError) as exc:
-            log.warning("waiting: %s", exc, extra={"action": "joiner_waits"})
-            stop.wait(RETRY_S)
+            _wait(exc, stop)
     return None
+
+
+def _wait(exc: Exception, stop: threading.Event) -> None:
+    """Say what is away, and give it a moment."""
+    part = "log" if isinstance(exc, LogUnavailableError) else "store"
+    metrics.joiner_up.labels(part).set(0)
+    log.warning("waiting for the %s: %s", part, exc, extra={"action": "joiner_waits", "part": part})
+    stop.wait(RETRY_S)
 
 
 class Joiner:
@@ -91,6 +100,8 @@ class Joiner:
         self._store = store
         self._events = events
         self._next: dict[Place, int] = {}
+        self._owned: set[int] = set()
+        self._current_at: dict[Place, float] = {}  # what came before this (Unix seconds) is joined
         self._max_events = settings.joiner.batch_events
         self._has_letters = True  # an earlier process may have left some
         self._commit_at = self._gauges_at = 0.0
@@ -102,7 +113,9 @@ class Joiner:
 
     def run(self, stop: threading.Event) -> None:
         """Rounds until `stop` is set."""
-        consumer = self._events.consumer(self._group, self._topics)
+        consumer = _when_there(lambda: self._events.consumer(self._group, self._topics), stop)
+        if consumer is None:
+            return
         log.info("joining %s", ", ".join(self._topics), extra={"action": "joiner_started"})
         try:
             while not stop.is_set():
@@ -114,8 +127,8 @@ class Joiner:
                     log.warning("%s: reading on where the store is", exc, extra={"action": "joiner_moved"})
                 except (StoreUnavailableError, LogUnavailableError) as exc:
                     result = "unavailable"
-                    log.warning("waiting: %s", exc, extra={"action": "joiner_waits"})
-                    stop.wait(RETRY_S)
+                    _wait(exc, stop)
+                    self._gauges_at = 0.0  # they say when it is back
                 metrics.joiner_batches.labels(result).inc()
                 self._next.clear()  # what was polled is not joined: every partition is sought anew
         finally:
@@ -127,16 +140,21 @@ class Joiner:
 
     def _round(self, consumer: Consumer) -> None:
         owned = consumer.assigned()
+        self._own(owned)
         self._seek(consumer, owned)
         records, spans = self._place(consumer.poll(self._max_events, self._settings.poll_timeout_s))
         if records:
-            batch = read_batch(records, self._topics[0])
             began = time.monotonic()
+            batch = read_batch(records, self._topics[0])
+            decoded = time.monotonic()
             applied = apply(self._store, self._group, batch, spans)
+            joined = time.monotonic()
             self._next |= {place: end for place, (_, end) in spans.items()}
-            self._resize(len(records), time.monotonic() - began)
+            self._resize(len(records), joined - decoded)
             self._has_letters |= bool(batch.dead_letters)
-            self._count(records, batch, applied, time.monotonic() - began)
+            metrics.joiner_batch_seconds.observe(joined - began)
+            metrics.joiner_transaction_seconds.observe(joined - decoded)
+            self._count(records, batch, applied)
         if self._has_letters:
             with reaching(self._store):
                 send_dead_letters(self._store, self._events, owned)
@@ -147,6 +165,17 @@ class Joiner:
         if time.monotonic() > self._gauges_at:
             self._gauges_at = time.monotonic() + GAUGES_EVERY_S
             self._show_gauges()
+
+    def _own(self, owned: set[int]) -> None:
+        """Count a rebalance; what went to somebody else is no longer ours to show."""
+        if owned == self._owned:
+            return
+        metrics.joiner_rebalances.inc()
+        for topic, partition in product(self._topics, self._owned - owned):
+            self._current_at.pop((topic, partition), None)
+            for gauge in (metrics.joiner_lag_records, metrics.joiner_lag_seconds):
+                gauge.remove(topic, str(partition))
+        self._owned = owned
 
     def _seek(self, consumer: Consumer, owned: set[int]) -> None:
         """Forget partitions that went to somebody else; start new ones where the store is."""
@@ -188,16 +217,29 @@ class Joiner:
             consumer.commit(self._next)
 
     def _show_gauges(self) -> None:
+        now = time.time()
+        with reaching(self._store), self._store.connect() as connection:
+            oldest = connection.execute(select(func.min(votes.c.hlc)).where(votes.c.pending)).scalar()
+        metrics.joiner_pending_oldest_seconds.set(0 if oldest is None else now - (oldest >> 16) / 1000)
         metrics.joiner_pending_votes.set(count_pending(self._store))
         for topic in self._topics:
             for partition, end in self._events.end_offsets(topic).items():
-                if (topic, partition) in self._next:
-                    lag = end - self._next[topic, partition]
-                    metrics.joiner_lag_records.labels(topic, str(partition)).set(lag)
+                place = (topic, partition)
+                if place not in self._next:
+                    continue
+                lag = end - self._next[place]
+                metrics.joiner_lag_records.labels(topic, str(partition)).set(lag)
+                if lag <= 0:
+                    self._current_at[place] = now
+                if place in self._current_at:
+                    metrics.joiner_lag_seconds.labels(topic, str(partition)).set(now - self._current_at[place])
+        for part in ("log", "store"):
+            metrics.joiner_up.labels(part).set(1)
 
-    def _count(self, records: list[Record], batch: Batch, applied: Applied, seconds: float) -> None:
+    def _count(self, records: list[Record], batch: Batch, applied: Applied) -> None:
         metrics.joiner_batches.labels("committed").inc()
-        metrics.joiner_batch_seconds.observe(seconds)
+        for place, timestamp_ms in {(r.topic, r.partition): r.timestamp_ms for r in records}.items():
+            self._current_at[place] = max(self._current_at.get(place, 0.0), timestamp_ms / 1000)
         counts = Counter(record.topic for record in records)
         dead = Counter(letter.topic for letter in batch.dead_letters)
         new = dict(zip(self._topics, (applied.responses, len(applied.votes)), strict=True))
