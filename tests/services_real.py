@@ -57,8 +57,9 @@ class RealKafka:
     def settings(self, **changes: object) -> LogSettings:
         """Settings of a log with topics of its own on this broker."""
         name = uuid4().hex[:8]
+        ours: dict[str, object] = {"kind": "kafka", "bootstrap_servers": [self.server]}
         topics = {"responses_topic": f"{name}.responses", "feedback_topic": f"{name}.feedback"}
-        return LogSettings(kind="kafka", bootstrap_servers=[self.server], **{**topics, **changes})  # type: ignore[arg-type]
+        return LogSettings(**(ours | topics | changes))  # type: ignore[arg-type]
 
     def start(self) -> None:
         """Start it and wait until it answers."""
