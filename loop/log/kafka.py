@@ -17,6 +17,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.coordinator.assignors.range import RangePartitionAssignor
 from kafka.errors import (
     CommitFailedError,
+    CorruptRecordError,
     IllegalGenerationError,
     KafkaError,
     MessageSizeTooLargeError,
@@ -156,7 +157,11 @@ class KafkaGroupConsumer:
             # assigned by that metadata, it takes itself for joined and stays without partitions or heartbeat for ever.
             if self._consumer._coordinator.rejoining:
                 self._consumer._coordinator.request_rejoin()
-            polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
+            try:
+                polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
+            except CorruptRecordError as exc:
+                polled = {}
+                self._leave_out(exc)
         return [
             Record(
                 found.topic,
@@ -170,6 +175,14 @@ class KafkaGroupConsumer:
             for records in polled.values()
             for found in records
         ]
+
+    def _leave_out(self, exc: CorruptRecordError) -> None:
+        """Stop reading the partition whose bytes are broken on the broker's disk, so that the others go on."""
+        # kafka-python 3.0.12 keeps what it had fetched of it, and would spin on it for ever in its next poll.
+        broken = self._consumer._fetcher._next_partition_records
+        self._consumer._fetcher._next_partition_records = None
+        self._consumer.pause(broken.topic_partition)
+        log.error("left out until the next rebalance: %s", exc, extra={"action": "partition_unreadable"})
 
     def commit(self, positions: Mapping[tuple[str, int], int]) -> None:
         """Tell the brokers the next offsets, for lag tools. Raises LogUnavailableError."""
