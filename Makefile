@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PYTHON
 
-.PHONY: help install demo test lint bench bench-trainer bench-trainer-cuda bench-gateway bench-join demo-model clean
+.PHONY: help install demo test lint bench bench-trainer bench-trainer-cuda bench-gateway bench-join torture demo-model clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -28,6 +28,10 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 test: lint ## lint and every test, the real vLLM included
 	@deploy/install.sh debian postgres chromium promtool
 	@$(BIN)/pytest -q --durations=15 -n 2 --dist loadscope --no-loadscope-reorder
+
+torture: $(INSTALLED) ## 100 faults against Kafka, Postgres, gateways and joiners; one JSON line
+	@deploy/install.sh debian postgres
+	@$(BIN)/python -m tests.torture --faults 100 --minutes 20
 
 bench: bench-gateway bench-join bench-trainer ## every benchmark; JSON lines
 

@@ -32,16 +32,23 @@ gateway_route_retries = Counter("thumbwheel_gateway_route_retries", "Requests tr
 # Joiner
 joiner_events = Counter("thumbwheel_joiner_events", "Events joined, by topic.", ["topic"])
 joiner_batches = Counter("thumbwheel_joiner_batches", "Transactions committed or rolled back.", ["result"])
-joiner_batch_seconds = Histogram("thumbwheel_joiner_batch_seconds", "Time of one batch's transaction.")
+joiner_batch_seconds = Histogram("thumbwheel_joiner_batch_seconds", "Time of one batch, decoding and transaction.")
+joiner_transaction_seconds = Histogram("thumbwheel_joiner_transaction_seconds", "Time of one batch's transaction.")
 joiner_lag_records = Gauge(
     "thumbwheel_joiner_lag_records", "Records not joined yet, by topic and partition.", ["topic", "partition"]
 )
+joiner_lag_seconds = Gauge(
+    "thumbwheel_joiner_lag_seconds", "Upper bound of the oldest such record's age.", ["topic", "partition"]
+)
+joiner_rebalances = Counter("thumbwheel_joiner_rebalances", "Changes of the partitions that a joiner owns.")
+joiner_up = Gauge("thumbwheel_joiner_up", "Whether log and store answered when last asked.", ["part"])
 joiner_votes = Counter("thumbwheel_joiner_votes", "New votes, by value.", ["value"])
 joiner_duplicates = Counter("thumbwheel_joiner_duplicates", "Events seen before, by topic.", ["topic"])
 joiner_pending_votes = Gauge("thumbwheel_joiner_pending_votes", "Votes whose response was not seen yet.")
 store_orphaned_votes = Counter(
     "thumbwheel_store_orphaned_votes", "Votes given up at the store's retention: their response never came."
 )
+joiner_pending_oldest_seconds = Gauge("thumbwheel_joiner_pending_oldest_seconds", "Age of the oldest such vote.")
 joiner_dead_letters = Counter("thumbwheel_joiner_dead_letters", "Events that broke the contract, by topic.", ["topic"])
 
 # Scheduler: the nightly run

@@ -104,6 +104,10 @@ class LogSettings(Section):
     """Partitions of each topic, when it is made."""
     replication_factor: Annotated[int, Field(ge=1, le=9)] = 1
     """Kafka replicas of each partition, when a topic is made."""
+    min_insync_replicas: Annotated[int, Field(ge=1, le=9)] = 1
+    """Replicas that must have a record before it counts as written (`min.insync.replicas`), when a topic is made."""
+    max_message_bytes: Annotated[int, Field(ge=64 * 1024, le=32 * 1024 * 1024)] = 8 * 1024 * 1024
+    """Largest record that is sent to Kafka, and `max.message.bytes` of a topic, when it is made."""
     responses_topic: str = "thumbwheel.responses"
     """Topic of ResponseLogged."""
     feedback_topic: str = "thumbwheel.feedback"
@@ -120,6 +124,19 @@ class LogSettings(Section):
     """SASL password."""
     ssl_cafile: Path | None = None
     """Certificate authority of the brokers."""
+    ssl_certfile: Path | None = None
+    """Our certificate (PEM), where the brokers ask for one."""
+    ssl_keyfile: Path | None = None
+    """Private key of our certificate."""
+
+    @model_validator(mode="after")
+    def _writable(self) -> LogSettings:
+        if self.min_insync_replicas > self.replication_factor:
+            raise ValueError(
+                f"log.min_insync_replicas is {self.min_insync_replicas} but log.replication_factor is "
+                f"{self.replication_factor}: no record could ever be written; expected at most as many"
+            )
+        return self
 
 
 class StoreSettings(Section):

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import product
 from typing import TypeVar
 
 from prometheus_client import start_http_server
@@ -39,7 +40,7 @@ from loop.store.joining import (
     Span,
     StoreUnavailableError,
     apply,
-    count_pending,
+    pending_votes,
     reaching,
     start_positions,
 )
@@ -77,9 +78,16 @@ def _when_there(make: Callable[[], T], stop: threading.Event) -> T | None:
         try:
             return make()
         except (LogUnavailableError, OperationalError) as exc:
-            log.warning("waiting: %s", exc, extra={"action": "joiner_waits"})
-            stop.wait(RETRY_S)
+            _wait(exc, stop)
     return None
+
+
+def _wait(exc: Exception, stop: threading.Event) -> None:
+    """Say what is away, and give it a moment."""
+    part = "log" if isinstance(exc, LogUnavailableError) else "store"
+    metrics.joiner_up.labels(part).set(0)
+    log.warning("waiting for the %s: %s", part, exc, extra={"action": "joiner_waits", "part": part})
+    stop.wait(RETRY_S)
 
 
 class Joiner:
@@ -92,6 +100,8 @@ class Joiner:
         self._events = events
         self._reader = Reader(settings.joiner.group, "")
         self._next: dict[int, Offsets] = {}
+        self._owned: set[int] = set()
+        self._current_at: dict[tuple[str, int], float] = {}  # what came before this (Unix seconds) is joined
         self._max_events = settings.joiner.batch_events
         self._has_letters = True  # an earlier process may have left some
         self._commit_at = self._look_at = 0.0
@@ -106,7 +116,9 @@ class Joiner:
 
     def run(self, stop: threading.Event) -> None:
         """Rounds until `stop` is set."""
-        consumer = self._events.consumer(self._settings.group, self._topics)
+        consumer = _when_there(lambda: self._events.consumer(self._settings.group, self._topics), stop)
+        if consumer is None:
+            return
         log.info("joining %s", ", ".join(self._topics), extra={"action": "joiner_started"})
         try:
             while not stop.is_set():
@@ -118,8 +130,8 @@ class Joiner:
                     log.warning("%s: reading on where the store is", exc, extra={"action": "joiner_moved"})
                 except (StoreUnavailableError, LogUnavailableError) as exc:
                     result = "unavailable"
-                    log.warning("waiting: %s", exc, extra={"action": "joiner_waits"})
-                    stop.wait(RETRY_S)
+                    _wait(exc, stop)
+                    self._look_at = 0.0  # they say when it is back
                 metrics.joiner_batches.labels(result).inc()
                 self._next.clear()  # what was polled is not joined: every partition is sought anew
         finally:
@@ -131,16 +143,21 @@ class Joiner:
 
     def _round(self, consumer: Consumer) -> None:
         owned = consumer.assigned()
+        self._own(owned)
         self._seek(consumer, owned)
         records, spans = self._place(consumer.poll(self._max_events, self._settings.poll_timeout_s))
         if records:
-            batch = read_batch(records, self._topics[0])
             began = time.monotonic()
+            batch = read_batch(records, self._topics[0])
+            decoded = time.monotonic()
             applied = apply(self._store, self._reader, batch, spans)
+            joined = time.monotonic()
             self._next |= {partition: end for partition, (_, end) in spans.items()}
-            self._resize(len(records), time.monotonic() - began)
+            self._resize(len(records), joined - decoded)
             self._has_letters |= bool(batch.dead_letters)
-            self._count(records, batch, applied, time.monotonic() - began)
+            metrics.joiner_batch_seconds.observe(joined - began)
+            metrics.joiner_transaction_seconds.observe(joined - decoded)
+            self._count(records, batch, applied)
         if self._has_letters:
             with reaching(self._store):
                 send_dead_letters(self._store, self._events, owned)
@@ -153,6 +170,17 @@ class Joiner:
             self._show_gauges()
             if self._next and self._events.identity() != self._reader.log_id:
                 raise PositionMovedError("the log's topics were made anew")
+
+    def _own(self, owned: set[int]) -> None:
+        """Count a rebalance; what went to somebody else is no longer ours to show."""
+        if owned == self._owned:
+            return
+        metrics.joiner_rebalances.inc()
+        for topic, partition in product(self._topics, self._owned - owned):
+            self._current_at.pop((topic, partition), None)
+            for gauge in (metrics.joiner_lag_records, metrics.joiner_lag_seconds):
+                gauge.remove(topic, str(partition))
+        self._owned = owned
 
     def _seek(self, consumer: Consumer, owned: set[int]) -> None:
         """Forget partitions that went to somebody else; start new ones where the store is."""
@@ -196,17 +224,29 @@ class Joiner:
             consumer.commit(self.positions)
 
     def _show_gauges(self) -> None:
-        metrics.joiner_pending_votes.set(count_pending(self._store))
+        now = time.time()
+        pending, oldest_ms = pending_votes(self._store)
+        metrics.joiner_pending_votes.set(pending)
+        metrics.joiner_pending_oldest_seconds.set(0 if oldest_ms is None else now - oldest_ms / 1000)
         positions = self.positions
         for topic in self._topics:
             for partition, end in self._events.end_offsets(topic).items():
-                if (topic, partition) in positions:
-                    lag = end - positions[topic, partition]
-                    metrics.joiner_lag_records.labels(topic, str(partition)).set(lag)
+                place = (topic, partition)
+                if place not in positions:
+                    continue
+                lag = end - positions[place]
+                metrics.joiner_lag_records.labels(topic, str(partition)).set(lag)
+                if lag <= 0:
+                    self._current_at[place] = now
+                if place in self._current_at:
+                    metrics.joiner_lag_seconds.labels(topic, str(partition)).set(now - self._current_at[place])
+        for part in ("log", "store"):
+            metrics.joiner_up.labels(part).set(1)
 
-    def _count(self, records: list[Record], batch: Batch, applied: Applied, seconds: float) -> None:
+    def _count(self, records: list[Record], batch: Batch, applied: Applied) -> None:
         metrics.joiner_batches.labels("committed").inc()
-        metrics.joiner_batch_seconds.observe(seconds)
+        for place, timestamp_ms in {(r.topic, r.partition): r.timestamp_ms for r in records}.items():
+            self._current_at[place] = max(self._current_at.get(place, 0.0), timestamp_ms / 1000)
         counts = Counter(record.topic for record in records)
         dead = Counter(letter.topic for letter in batch.dead_letters)
         new = dict(zip(self._topics, (applied.responses, len(applied.votes)), strict=True))

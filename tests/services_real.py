@@ -13,8 +13,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 from uuid import uuid4
 
 import psycopg
@@ -41,8 +43,12 @@ class RealKafka:
 
     home: Path
     folder: Path
-    ports: tuple[int, int] = field(default_factory=lambda: _free_ports(2))
+    ports: tuple[int, ...] = field(default_factory=lambda: free_ports(2))
+    listeners: dict[str, int] = field(default_factory=dict)  # beside PLAINTEXT: security protocol → port
+    properties: dict[str, object] = field(default_factory=dict)  # beside those below
+    format_arguments: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
+    crash: ClassVar = {"kill": True}
 
     @property
     def server(self) -> str:
@@ -51,8 +57,9 @@ class RealKafka:
     def settings(self, **changes: object) -> LogSettings:
         """Settings of a log with topics of its own on this broker."""
         name = uuid4().hex[:8]
+        ours: dict[str, object] = {"kind": "kafka", "bootstrap_servers": [self.server]}
         topics = {"responses_topic": f"{name}.responses", "feedback_topic": f"{name}.feedback"}
-        return LogSettings(kind="kafka", bootstrap_servers=[self.server], **{**topics, **changes})  # type: ignore[arg-type]
+        return LogSettings(**(ours | topics | changes))  # type: ignore[arg-type]
 
     def start(self) -> None:
         """Start it and wait until it answers."""
@@ -62,7 +69,7 @@ class RealKafka:
         if not properties.exists():
             properties.write_text(self._properties())
             made = ["-Xmx128m", "kafka.tools.StorageTool", "format", "--standalone", "--cluster-id"]
-            made += ["dGh1bWJ3aGVlbC10ZXN0MQ", "--config", str(properties)]
+            made += ["dGh1bWJ3aGVlbC10ZXN0MQ", "--config", str(properties), *self.format_arguments]
             subprocess.run([*run, *made], env=environment, check=True, capture_output=True, timeout=START_S)
         with (self.folder / "broker.log").open("ab") as log:
             command = [*run, "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "kafka.Kafka", str(properties)]
@@ -77,14 +84,16 @@ class RealKafka:
 
     def _properties(self) -> str:
         port, controller = self.ports
-        values = {
+        listeners = {"PLAINTEXT": port} | self.listeners
+        advertised = ",".join(f"{protocol}://127.0.0.1:{port}" for protocol, port in listeners.items())
+        values: dict[str, object] = {
             "process.roles": "broker,controller",
             "node.id": 1,
-            "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
-            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
+            "listeners": f"{advertised},CONTROLLER://127.0.0.1:{controller}",
+            "advertised.listeners": advertised,
             "controller.quorum.bootstrap.servers": f"127.0.0.1:{controller}",
             "controller.listener.names": "CONTROLLER",
-            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listener.security.protocol.map": ",".join(["CONTROLLER:PLAINTEXT", *(f"{p}:{p}" for p in listeners)]),
             "log.dirs": self.folder / "log",
             "auto.create.topics.enable": "false",
             "offsets.topic.replication.factor": 1,
@@ -98,7 +107,7 @@ class RealKafka:
             "broker.session.timeout.ms": 2000,
             "broker.heartbeat.interval.ms": 500,
         }
-        return "".join(f"{name}={value}\n" for name, value in values.items())
+        return "".join(f"{name}={value}\n" for name, value in (values | self.properties).items())
 
 
 @dataclass
@@ -142,7 +151,8 @@ class RealPostgres:
     binaries: Path
     folder: Path
     user: str
-    port: int = field(default_factory=lambda: _free_ports(1)[0])
+    port: int = field(default_factory=lambda: free_ports(1)[0])
+    crash: ClassVar = {"mode": "immediate"}
 
     def new_store(self) -> StoreSettings:
         """Settings of a store in a new database."""
@@ -182,14 +192,16 @@ class RealPostgres:
         assert done.returncode == 0, f"{program}: {done.stderr.decode()}"
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[RealPostgres]:
-    """A real Postgres cluster."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+def postgres_binaries() -> Path | None:
+    """The folder of initdb and pg_ctl: the one on the path, else Debian's newest."""
     on_path = shutil.which("initdb")
-    binaries = Path(on_path).parent if on_path else found[-1].parent if found else None
-    if binaries is None:
-        pytest.skip("no Postgres: install the server (Debian: postgresql)")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    return Path(on_path).parent if on_path else found[-1].parent if found else None
+
+
+@contextmanager
+def running_postgres(binaries: Path) -> Iterator[RealPostgres]:
+    """A cluster of its own, gone at the end."""
     users = {user.pw_name for user in pwd.getpwall()}
     user = next((name for name in ("postgres", "nobody") if name in users), "nobody")
     folder = Path(tempfile.mkdtemp())
@@ -204,7 +216,18 @@ def postgres() -> Iterator[RealPostgres]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _free_ports(number: int) -> tuple[int, ...]:
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[RealPostgres]:
+    """A real Postgres cluster."""
+    binaries = postgres_binaries()
+    if binaries is None:
+        pytest.skip("no Postgres: install the server (Debian: postgresql)")
+    with running_postgres(binaries) as cluster:
+        yield cluster
+
+
+def free_ports(number: int) -> tuple[int, ...]:
+    """Different ports that nobody listens on now."""
     listeners = [socket.socket() for _ in range(number)]
     try:
         for listener in listeners:

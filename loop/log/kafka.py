@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.coordinator.assignors.range import RangePartitionAssignor
 from kafka.errors import (
     CommitFailedError,
+    CorruptRecordError,
     IllegalGenerationError,
     KafkaError,
     MessageSizeTooLargeError,
@@ -32,7 +34,8 @@ BOOTSTRAP_S = 5.0
 REQUEST_S = 10.0
 DELIVERY_S = 30.0
 SESSION_TIMEOUT_S = 10.0  # above the store's idle-in-transaction limit: a zombie has no lock left when it is replaced
-MAX_RECORD_BYTES = 8 * 1024 * 1024
+
+log = logging.getLogger("thumbwheel.log")
 
 
 class KafkaLog:
@@ -65,8 +68,8 @@ class KafkaLog:
                         acks="all",
                         enable_idempotence=True,
                         linger_ms=5,
-                        batch_size=256 * 1024,
-                        max_request_size=MAX_RECORD_BYTES,
+                        batch_size=min(256 * 1024, self._settings.max_message_bytes),
+                        max_request_size=self._settings.max_message_bytes,
                         max_block_ms=int(REQUEST_S * 1000),
                         delivery_timeout_ms=int(DELIVERY_S * 1000),
                         request_timeout_ms=int(REQUEST_S * 1000),
@@ -136,7 +139,8 @@ class KafkaLog:
         hint = ""
         if self._settings.security_protocol != "PLAINTEXT":
             # A refused password looks like a broker that is away.
-            hint = "; are log.security_protocol, sasl_mechanism, user, password and ssl_cafile the brokers'?"
+            names = "log.security_protocol, sasl_mechanism, sasl_username, sasl_password and ssl_cafile"
+            hint = f"; are {names} the brokers'?"
         with translated(self._client["bootstrap_servers"], hint):
             yield
 
@@ -165,7 +169,11 @@ class KafkaGroupConsumer:
             # assigned by that metadata, it takes itself for joined and stays without partitions or heartbeat for ever.
             if self._consumer._coordinator.rejoining:
                 self._consumer._coordinator.request_rejoin()
-            polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
+            try:
+                polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
+            except CorruptRecordError as exc:
+                polled = {}
+                self._leave_out(exc)
         return [
             Record(
                 found.topic,
@@ -179,6 +187,14 @@ class KafkaGroupConsumer:
             for records in polled.values()
             for found in records
         ]
+
+    def _leave_out(self, exc: CorruptRecordError) -> None:
+        """Stop reading the partition whose bytes are broken on the broker's disk, so that the others go on."""
+        # kafka-python 3.0.12 keeps what it had fetched of it, and would spin on it for ever in its next poll.
+        broken = self._consumer._fetcher._next_partition_records
+        self._consumer._fetcher._next_partition_records = None
+        self._consumer.pause(broken.topic_partition)
+        log.error("left out until the next rebalance: %s", exc, extra={"action": "partition_unreadable"})
 
     def commit(self, positions: Mapping[tuple[str, int], int]) -> None:
         """Tell the brokers the next offsets, for lag tools. Raises LogUnavailableError."""
@@ -204,7 +220,7 @@ def translated(servers: Sequence[str], hint: str = "") -> Iterator[None]:
     try:
         yield
     except MessageSizeTooLargeError as exc:
-        raise RecordTooLargeError(f"Kafka: {exc}; expected at most {MAX_RECORD_BYTES} bytes a record") from exc
+        raise RecordTooLargeError(f"Kafka: {exc}; expected at most log.max_message_bytes and the topic's") from exc
     except KafkaError as exc:
         raise LogUnavailableError(f"Kafka at {', '.join(servers)}: {type(exc).__name__}: {exc}{hint}") from exc
 
@@ -223,9 +239,12 @@ def _client_settings(settings: LogSettings) -> dict[str, Any]:
             "sasl_plain_username": settings.sasl_username,
             "sasl_plain_password": settings.sasl_password.get_secret_value() if settings.sasl_password else None,
         }
-    if settings.ssl_cafile is not None:
-        found["ssl_cafile"] = str(settings.ssl_cafile)
-    return found
+    files = {
+        "ssl_cafile": settings.ssl_cafile,
+        "ssl_certfile": settings.ssl_certfile,
+        "ssl_keyfile": settings.ssl_keyfile,
+    }
+    return found | {name: str(path) for name, path in files.items() if path is not None}
 
 
 def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
@@ -235,19 +254,25 @@ def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
         there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics() if topic["partitions"]}
         # The partner of a topic that is there must be like it.
         partitions = next((there[topic] for topic in pair if topic in there), settings.partitions)
-        configs = {"retention.ms": str(settings.retention_s * 1000), "max.message.bytes": str(MAX_RECORD_BYTES)}
-        for topic in (*pair, *(f"{topic}.dlt" for topic in pair)):
+        at_least = {
+            "max.message.bytes": settings.max_message_bytes,
+            "min.insync.replicas": settings.min_insync_replicas,
+        }
+        configs = {"retention.ms": settings.retention_s * 1000} | at_least
+        topics = (*pair, *(f"{topic}.dlt" for topic in pair))
+        for topic in topics:
             if topic not in there:
                 options = {
                     "num_partitions": partitions,
                     "replication_factor": settings.replication_factor,
-                    "configs": configs,
+                    "configs": {name: str(value) for name, value in configs.items()},
                 }
                 try:
                     admin.create_topics({topic: options}, wait_for_metadata=True)
                 except TopicAlreadyExistsError:
                     continue  # another process of ours was quicker
         there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics(list(pair))}
+        _check_configs(admin, topics, at_least)
     finally:
         admin.close()
     if len({there[topic] for topic in pair}) != 1:
@@ -255,3 +280,17 @@ def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
         raise ValueError(
             f"partition counts differ: {counts}; expected equal ones, for a response and its votes must meet"
         )
+
+
+def _check_configs(admin: Any, topics: Sequence[str], at_least: Mapping[str, int]) -> None:
+    """Warn of topics that take less than we may send, or promise less than we count on: somebody else's to change."""
+    asked = [ConfigResource(ConfigResourceType.TOPIC, topic, list(at_least)) for topic in topics]
+    # Brokers that do not let us see a topic's configuration answer with an empty one.
+    for topic, configs in admin.describe_configs(asked, config_filter="all").get("topic", {}).items():
+        for name, ours in at_least.items():
+            if name in configs and int(configs[name]["value"]) < ours:
+                log.warning(
+                    "topic %s has %s=%s, expected at least %d: alter it, or set log.%s",
+                    *(topic, name, configs[name]["value"], ours, name.replace(".", "_")),
+                    extra={"action": "topic_config"},
+                )

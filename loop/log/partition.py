@@ -1,4 +1,9 @@
-"""Which partition a key belongs to: Kafka's default partitioner, so that both logs place a key alike."""
+"""Which partition a key belongs to: Kafka's default partitioner, so that both logs place a key alike.
+
+Whoever else writes to the topics must place keys by it too, or a vote does not meet its response: the Java clients and
+kafka-python do by themselves; librdkafka (confluent-kafka for Python, Go, .NET, Node) with
+`partitioner=murmur2_random`. The record's key is the event's `partitionkey` in UTF-8.
+"""
 
 from __future__ import annotations
 

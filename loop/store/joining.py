@@ -135,10 +135,12 @@ def start_positions(engine: Engine, reader: Reader, partitions: Iterable[int]) -
     return {partition: found[partition] for partition in wanted}
 
 
-def count_pending(engine: Engine) -> int:
-    """Votes whose response was not seen yet."""
+def pending_votes(engine: Engine) -> tuple[int, int | None]:
+    """How many votes' response was not seen yet, and when the first of them was given (Unix ms)."""
+    query = select(func.count(), func.min(votes.c.hlc)).select_from(votes).where(IS_PENDING)
     with reaching(engine), engine.connect() as connection:
-        return int(connection.execute(select(func.count()).select_from(votes).where(IS_PENDING)).scalar_one())
+        count, oldest = connection.execute(query).one()
+    return int(count), None if oldest is None else int(oldest) >> 16
 
 
 def _advance(bulk: Bulk, reader: Reader, spans: Mapping[int, Span]) -> None:

@@ -11,23 +11,23 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import Engine
+from sqlalchemy import Engine, inspect
+from sqlalchemy.exc import OperationalError
 
-from loop.log import EventLog, NewRecord
+from loop.log import NewRecord
+from loop.log.kafka import SESSION_TIMEOUT_S
 from loop.log.open import open_log
 from loop.settings import LogSettings, Settings, StoreSettings
 from loop.store import open_store
-from loop.store.examples import stream_examples
-from loop.store.joining import Reader, start_positions
 from tests.conftest import free_port
-from tests.join.oracle import Examples, examples_of
+from tests.join.joined import examples_in, is_joined
+from tests.join.oracle import examples_of
 from tests.join.traffic import RESPONSES, START_MS, colliding_events, feedback, response, response_id
 from tests.services_real import RealKafka, RealPostgres
 
@@ -35,9 +35,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 class Process:
-    """`thumbwheel joiner` on the settings' log and store."""
+    """`thumbwheel joiner`, or another module with its arguments, on the settings' log and store."""
 
-    def __init__(self, settings: Settings, folder: Path, **changes: object) -> None:
+    def __init__(self, settings: Settings, folder: Path, *command: str) -> None:
+        self.command = [sys.executable, "-m", *(command or ("services.cli", "joiner"))]
         self.metrics_port = free_port()
         store, log = settings.store, settings.log
         values: dict[str, Any] = {
@@ -50,7 +51,6 @@ class Process:
             "JOINER__BATCH_EVENTS": 100,
             "JOINER__POLL_TIMEOUT_S": 0.1,
             "JOINER__METRICS_PORT": self.metrics_port,
-            **changes,
         }
         self.environment = os.environ | {f"THUMBWHEEL_{name}": str(value) for name, value in values.items()}
         self.log = folder / f"joiner-{self.metrics_port}.log"
@@ -58,13 +58,16 @@ class Process:
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.cli", "joiner"], env=self.environment, stdout=log, stderr=log
-            )
+            self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
 
     def signal(self, number: int) -> int:
         self.process.send_signal(number)
         return self.process.wait(30)
+
+    def is_stopped(self) -> bool:
+        """Whether SIGSTOP holds it."""
+        state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state == "T"
 
     def actions(self) -> str:
         return self.log.read_text()
@@ -76,7 +79,8 @@ class Process:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
-Start = Callable[[Settings], Process]
+Start = Callable[..., Process]
+HLC = (START_MS << 16) + 1
 
 
 @pytest.fixture
@@ -84,8 +88,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts joiners; those that a failed test left are killed."""
     started: list[Process] = []
 
-    def start_one(settings: Settings) -> Process:
-        started.append(Process(settings, tmp_path))
+    def start_one(settings: Settings, *command: str) -> Process:
+        started.append(Process(settings, tmp_path, *command))
         return started[-1]
 
     yield start_one
@@ -100,24 +104,6 @@ def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 60.0) -> N
     while not is_so():
         assert time.monotonic() < deadline, f"not {what} within {seconds} s"
         time.sleep(0.05)  # how often we look, within the deadline
-
-
-def is_joined(store: Engine, log: EventLog, settings: Settings) -> bool:
-    ends = [log.end_offsets(topic) for topic in (settings.log.responses_topic, settings.log.feedback_topic)]
-    positions = start_positions(store, Reader(settings.joiner.group, log.identity()), ends[0])
-    return all(tuple(offsets) == (ends[0][n], ends[1][n]) for n, offsets in positions.items())
-
-
-def examples_in(store: Engine) -> Examples:
-    return {
-        (e.response_id, e.choice_index): {
-            "votes": {v["rater"]: (v["value"], v["weight"], v["hlc"]) for v in e.votes},
-            "up": e.up,
-            "down": e.down,
-            "event": e.event,
-        }
-        for e in stream_examples(store, date.min)
-    }
 
 
 def embedded(folder: Path) -> Settings:
@@ -183,6 +169,33 @@ def test_rubbish_goes_to_dead_letters_and_the_stream_goes_on(start: Start, tmp_p
     store.dispose()
 
 
+def test_what_people_watch_is_on_metrics(start: Start, tmp_path: Path) -> None:
+    settings = embedded(tmp_path)
+    log, store = open_log(settings.log), open_store(settings.store)
+    id, unseen = response_id("a" * 16, 1), response_id("b" * 16, 1)
+    votes = [feedback("f", "up", START_MS << 16, response_id=id), feedback("g", "retract", HLC, response_id=id)]
+    log.append([response(id), *votes, *votes, feedback("h", "up", HLC, response_id=unseen)])
+    joiner = start(settings)
+    wait_until(lambda: is_joined(store, log, settings), "joined")
+    wait_until(lambda: joiner.metric("thumbwheel_joiner_pending_votes") == 1, "shown")
+    age_s = time.time() - START_MS / 1000
+    assert joiner.metric("thumbwheel_joiner_pending_oldest_seconds") == pytest.approx(age_s, abs=60)
+    expected = {
+        'votes_total{value="retract"}': 1,
+        'duplicates_total{topic="thumbwheel.feedback"}': 2,
+        "lag_records{": 0,
+        "lag_seconds{": 0,
+        "rebalances_total": 1,
+        "up{": 2,  # the log and the store
+    }
+    assert {name: joiner.metric(f"thumbwheel_joiner_{name}") for name in expected} == expected
+    for name in ("batch_seconds_count", "transaction_seconds_count"):
+        assert joiner.metric(f"thumbwheel_joiner_{name}") == joiner.metric("thumbwheel_joiner_batches_total{")
+    assert joiner.signal(signal.SIGTERM) == 0
+    log.close()
+    store.dispose()
+
+
 def test_two_joiners_share_the_work(start: Start, tmp_path: Path) -> None:
     settings = embedded(tmp_path)
     log, store = open_log(settings.log), open_store(settings.store)
@@ -204,22 +217,20 @@ def test_on_kafka_and_postgres_with_both_restarted_meanwhile(
     kafka = apache_kafka
     settings = Settings(log=kafka.settings(), store=postgres.new_store())
     log, store = open_log(settings.log), open_store(settings.store)
-    topics = {RESPONSES: settings.log.responses_topic}
-    events = colliding_events(11, 1_500)
-    placed = [r._replace(topic=topics.get(r.topic, settings.log.feedback_topic)) for r in events]
+    events = on_topics_of(settings, colliding_events(11, 1_500))
     joiner = start(settings)
-    log.append(placed[:500])
+    log.append(events[:500])
     wait_until(lambda: is_joined(store, log, settings), "joined the first part", 120)
     postgres.stop("immediate")
-    log.append(placed[500:1_000])
+    log.append(events[500:1_000])
     wait_until(lambda: '"joiner_waits"' in joiner.actions(), "waiting for the store")
     postgres.start()
     wait_until(lambda: is_joined(store, log, settings), "joined the second part", 120)
     kafka.stop(kill=True)
     kafka.start()
-    log.append([*placed[1_000:], *placed[:200]])
+    log.append([*events[1_000:], *events[:200]])
     wait_until(lambda: is_joined(store, log, settings), "joined the last part", 120)
-    assert examples_in(store) == examples_of(events, RESPONSES)
+    assert examples_in(store) == examples_of(events, settings.log.responses_topic)
     assert joiner.signal(signal.SIGTERM) == 0
     log.close()
     store.dispose()
@@ -233,3 +244,80 @@ def test_what_is_away_at_the_start_is_waited_for(start: Start, postgres: RealPos
     postgres.start()
     wait_until(lambda: '"joiner_started"' in joiner.actions(), "started")
     assert joiner.signal(signal.SIGTERM) == 0
+
+
+def test_brokers_that_are_away_are_waited_for(start: Start, apache_kafka: RealKafka, tmp_path: Path) -> None:
+    settings = Settings(log=apache_kafka.settings(), store=embedded(tmp_path).store)
+    events = on_topics_of(settings, colliding_events(12, 400))
+    log_up = 'thumbwheel_joiner_up{part="log"}'
+    apache_kafka.stop()
+    joiner = start(settings)
+    wait_until(lambda: f"waiting for the log: Kafka at {apache_kafka.server}" in joiner.actions(), "waiting")
+    apache_kafka.start()
+    log, store = open_log(settings.log), open_store(settings.store)
+    log.append(events[:200])
+    wait_until(lambda: is_joined(store, log, settings), "joined the first part")
+    wait_until(lambda: joiner.metric(log_up) == 1, "shown as up")
+    apache_kafka.stop(kill=True)
+    wait_until(lambda: joiner.metric(log_up) == 0, "shown as down")
+    apache_kafka.start()
+    log.append(events[200:])
+    wait_until(lambda: is_joined(store, log, settings), "joined the rest")
+    wait_until(lambda: joiner.metric(log_up) == 1, "shown as up again")
+    assert examples_in(store) == examples_of(events, settings.log.responses_topic)
+    assert joiner.signal(signal.SIGTERM) == 0
+    log.close()
+    store.dispose()
+
+
+@pytest.mark.parametrize(("point", "result"), [("copy", "moved"), ("positions", "unavailable")])
+def test_a_zombie_blocks_nobody_and_changes_nothing(
+    start: Start, apache_kafka: RealKafka, postgres: RealPostgres, point: str, result: str
+) -> None:
+    settings = Settings(log=apache_kafka.settings(), store=postgres.new_store())
+    log, store = open_log(settings.log), open_store(settings.store)
+    events = on_topics_of(settings, colliding_events(13, 600))
+    log.append(events[:300])
+    zombie = start(settings, "tests.joiner.stopping", point)
+    wait_until(zombie.is_stopped, "stopped")
+    stopped_at = time.monotonic()
+    if point == "copy":
+        assert locked_tables(store) == []
+    else:
+        assert "positions" in locked_tables(store)
+        wait_until(lambda: locked_tables(store) == [], "free of locks")
+        assert time.monotonic() - stopped_at < SESSION_TIMEOUT_S
+    heir = start(settings)
+    wait_until(lambda: is_joined(store, log, settings), "joined by its heir")
+    assert zombie.is_stopped()
+    joined = examples_in(store)
+    assert joined == examples_of(events[:300], settings.log.responses_topic)
+    zombie.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: zombie.metric(f'thumbwheel_joiner_batches_total{{result="{result}"}}') == 1, "refused")
+    assert examples_in(store) == joined
+    assert heir.signal(signal.SIGTERM) == 0
+    log.append(events[300:])
+    wait_until(lambda: is_joined(store, log, settings), "joined by who was a zombie")
+    assert examples_in(store) == examples_of(events, settings.log.responses_topic)
+    assert zombie.signal(signal.SIGTERM) == 0
+    log.close()
+    store.dispose()
+
+
+def locked_tables(store: Engine) -> list[str]:
+    """The store's tables that somebody else has any lock on."""
+    held = []
+    with store.connect() as connection:
+        for table in inspect(connection).get_table_names():
+            try:
+                with connection.begin_nested():
+                    connection.exec_driver_sql(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE NOWAIT")
+            except OperationalError:
+                held.append(table)
+    return held
+
+
+def on_topics_of(settings: Settings, events: list[NewRecord]) -> list[NewRecord]:
+    """The events on the settings' topics."""
+    topics = {RESPONSES: settings.log.responses_topic}
+    return [event._replace(topic=topics.get(event.topic, settings.log.feedback_topic)) for event in events]

@@ -9,12 +9,13 @@ from sqlalchemy import Engine, func, select, text
 from sqlalchemy.exc import OperationalError
 
 from loop.store import retention
-from loop.store.joining import apply, count_pending, turn_back
+from loop.store.joining import apply, pending_votes, turn_back
 from loop.store.partitions import ensure_days, oldest_day
 from loop.store.retention import retire
 from loop.store.schema import response_index, responses, votes
+from tests.join.joined import examples_in
 from tests.join.traffic import DAY_MS, START_MS, feedback, response, response_id
-from tests.store.joined import READER, batch_of, examples_in
+from tests.store.joined import READER, batch_of
 
 RETENTION_S = 2 * 86_400
 NOW_MS = START_MS + 10 * DAY_MS
@@ -79,7 +80,7 @@ def test_votes_whose_response_never_came_are_orphans_at_last(store: Engine, monk
     joined = [response(IDS[1], at_ms=NOW_MS), feedback("j", "up", hlc(NOW_MS - 9 * DAY_MS), response_id=IDS[1])]
     apply(store, READER, batch_of(*old, young, *joined), {})
     assert retire(store, RETENTION_S, NOW_MS, GOING).orphaned_votes == 11  # the twelfth has met its response
-    assert count_pending(store) == 1
+    assert pending_votes(store)[0] == 1
     assert len(examples_in(store)) == 1
     with store.connect() as connection:
         assert set(connection.execute(select(votes.c.feedback_id)).scalars()) == {"y", "j", "o1"}

@@ -1,0 +1,33 @@
+"""What a store has come to, in the oracle's form, and whether it is all that the log has."""
+
+from __future__ import annotations
+
+from datetime import date
+
+from sqlalchemy import Engine
+
+from loop.log import EventLog
+from loop.settings import Settings
+from loop.store.examples import stream_examples
+from loop.store.joining import Reader, start_positions
+from tests.join.oracle import Examples
+
+
+def is_joined(store: Engine, log: EventLog, settings: Settings) -> bool:
+    """Whether the store's positions are the log's ends."""
+    ends = [log.end_offsets(topic) for topic in (settings.log.responses_topic, settings.log.feedback_topic)]
+    positions = start_positions(store, Reader(settings.joiner.group, log.identity()), ends[0])
+    return all(tuple(offsets) == (ends[0][n], ends[1][n]) for n, offsets in positions.items())
+
+
+def examples_in(store: Engine, page_rows: int = 1_000) -> Examples:
+    """All examples of the store."""
+    return {
+        (e.response_id, e.choice_index): {
+            "votes": {v["rater"]: (v["value"], v["weight"], v["hlc"]) for v in e.votes},
+            "up": e.up,
+            "down": e.down,
+            "event": e.event,
+        }
+        for e in stream_examples(store, date.min, page_rows=page_rows)
+    }

@@ -1,0 +1,57 @@
+"""`thumbwheel joiner` that stops itself with SIGSTOP, once, inside its first transaction on Postgres.
+
+python -m tests.joiner.stopping copy        between two rows of the first COPY
+python -m tests.joiner.stopping positions   when it has moved its positions, before anything else
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Table
+
+from loop.store.bulk import PostgresBulk, Row
+from services.cli import app
+
+_left = ["stop"]
+
+
+def main(point: str) -> None:
+    """Put the stop in its place, then run the joiner."""
+    stage, execute = PostgresBulk.stage, PostgresBulk.execute
+
+    def stopping_stage(self: PostgresBulk, table: Table, rows: Sequence[Row]) -> None:
+        stage(self, table, _stopping(rows))  # type: ignore[arg-type]
+
+    def stopping_execute(self: PostgresBulk, sql: str, *values: Any) -> int:
+        done = execute(self, sql, *values)
+        if sql.startswith("UPDATE positions"):
+            _stop()
+        return done
+
+    if point == "copy":
+        PostgresBulk.stage = stopping_stage  # type: ignore[method-assign]
+    else:
+        PostgresBulk.execute = stopping_execute  # type: ignore[method-assign]
+    app(["joiner"])
+
+
+def _stopping(rows: Sequence[Row]) -> Iterator[Row]:
+    for n, row in enumerate(rows):
+        if n == 1:
+            _stop()
+        yield row
+
+
+def _stop() -> None:
+    if _left:
+        _left.pop()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

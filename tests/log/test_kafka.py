@@ -1,0 +1,129 @@
+"""What only the log on Kafka does: its topics, and what the brokers refuse. On real Apache Kafka."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kafka import KafkaAdminClient
+from kafka.admin import ConfigResource
+
+from loop.log import NewRecord, RecordTooLargeError
+from loop.log.open import open_log
+from loop.log.partition import partition_of
+from loop.settings import LogSettings
+from tests.services_real import RealKafka, kafka_home
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def sockets_are_collected() -> Iterator[None]:
+    """kafka-python leaves those of its connection attempts to the garbage collector: not to a later test's."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def admin(apache_kafka: RealKafka) -> Iterator[Any]:
+    client = KafkaAdminClient(bootstrap_servers=[apache_kafka.server])
+    yield client
+    client.close()
+
+
+def test_topics_are_made_as_the_settings_say(apache_kafka: RealKafka, admin: Any) -> None:
+    settings = apache_kafka.settings(partitions=3, retention_s=7200, max_message_bytes=100_000)
+    log = open_log(settings)
+    pair = [settings.responses_topic, settings.feedback_topic]
+    topics = [*pair, *(f"{topic}.dlt" for topic in pair)]
+    found = admin.describe_configs([ConfigResource("TOPIC", topic) for topic in topics])["topic"]
+    expected = {"retention.ms": "7200000", "max.message.bytes": "100000", "min.insync.replicas": "1"}
+    # Only what was set for the topic itself is listed.
+    assert {name: {key: c["value"] for key, c in configs.items()} for name, configs in found.items()} == dict.fromkeys(
+        topics, expected
+    )
+    assert {len(topic["partitions"]) for topic in admin.describe_topics(topics)} == {3}
+    log.append([NewRecord(topics[0], "k", bytes(99_000))])
+    for size in (99_990, 100_001):  # the brokers refuse the first, with its batch's head; the client the second
+        with pytest.raises(RecordTooLargeError, match=r"log\.max_message_bytes"):
+            log.append([NewRecord(topics[0], "k", bytes(size))])
+    log.close()
+
+
+def test_a_topic_that_takes_less_than_we_send_is_warned_of(
+    apache_kafka: RealKafka, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = apache_kafka.settings(max_message_bytes=100_000)
+    open_log(settings).close()
+    open_log(settings).close()
+    assert not caplog.records
+    open_log(settings.model_copy(update={"max_message_bytes": 200_000})).close()
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 4
+    assert f"topic {settings.feedback_topic} has max.message.bytes=100000, expected at least 200000" in warned[1]
+    assert "log.max_message_bytes" in warned[1]
+
+
+def test_topics_of_unequal_partition_counts_are_refused(apache_kafka: RealKafka, admin: Any) -> None:
+    settings = apache_kafka.settings()
+    for topic, partitions in ((settings.responses_topic, 2), (settings.feedback_topic, 3)):
+        admin.create_topics({topic: {"num_partitions": partitions, "replication_factor": 1}}, wait_for_metadata=True)
+    with pytest.raises(ValueError, match=r"partition counts differ: .*responses has 2, .*feedback has 3"):
+        open_log(settings)
+
+
+def test_more_replicas_in_sync_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"log\.min_insync_replicas is 2 but log\.replication_factor is 1"):
+        LogSettings(min_insync_replicas=2)
+
+
+@pytest.mark.timeout(120)
+def test_a_partition_that_cannot_be_read_does_not_stop_the_others(apache_kafka: RealKafka) -> None:
+    settings = apache_kafka.settings(partitions=3)
+    log = open_log(settings)
+    keys = {partition_of(str(n), 3): str(n) for n in range(100)}
+    for value in (b"one", b"two"):
+        log.append([NewRecord(settings.feedback_topic, keys[n], value) for n in range(3)])
+    apache_kafka.stop()
+    segment = apache_kafka.folder / "log" / f"{settings.feedback_topic}-1" / f"{0:020}.log"
+    segment.write_bytes(segment.read_bytes().replace(b"two", b"too"))  # as a bad disk would
+    apache_kafka.start()
+    log.append([NewRecord(settings.feedback_topic, keys[n], b"three") for n in range(3)])
+    consumer = log.consumer("readers", [settings.feedback_topic])
+    read: dict[int, list[bytes]] = {0: [], 1: [], 2: []}
+    while [len(read[n]) for n in (0, 2)] != [3, 3]:
+        for record in consumer.poll(2, 0.2):
+            read[record.partition].append(record.value)
+    consumer.close()
+    log.close()
+    assert read == {0: [b"one", b"two", b"three"], 1: [b"one"], 2: [b"one", b"two", b"three"]}
+
+
+def test_keys_are_placed_as_the_java_producer_places_them(tmp_path: Path) -> None:
+    home = kafka_home()
+    if home is None or shutil.which("java") is None:
+        pytest.skip("no Apache Kafka: set KAFKA_HOME to one and have Java 17")
+    program = tmp_path / "Place.java"
+    program.write_text(
+        """public class Place { public static void main(String[] keys) { for (String key : keys) System.out.println(
+        org.apache.kafka.clients.producer.internals.BuiltInPartitioner.partitionForKey(
+        key.getBytes(java.nio.charset.StandardCharsets.UTF_8), 12)); } }"""
+    )
+    random_ = random.Random(5)
+    keys = [f"{random_.getrandbits(64):016x}" for _ in range(200)] + ["a", "ab", "abc", "größer", "\U0001f44d" * 3]
+    placed = subprocess.run(
+        ["java", "-cp", f"{home}/libs/*", program, *keys],
+        env=os.environ | {"LC_ALL": "C.UTF-8"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    assert [int(line) for line in placed.split()] == [partition_of(key, 12) for key in keys]
