@@ -14,8 +14,10 @@ from functools import cache
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, Date, LargeBinary, Table
+from sqlalchemy.dialects import postgresql
 
 Row = tuple[Any, ...]
+_POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]
 
 
 class Bulk(Protocol):
@@ -92,8 +94,10 @@ class PostgresBulk:
         self._cursor = cursor
 
     def stage(self, table: Table, rows: Sequence[Row]) -> None:
+        # Not LIKE: it locks the table until the transaction ends, and who is stopped in COPY would hold up all others.
+        columns = ", ".join(f'"{column.name}" {column.type.compile(_POSTGRES)}' for column in table.columns)
         self._cursor.execute(
-            f"CREATE TEMPORARY TABLE IF NOT EXISTS staged_{table.name} (LIKE {table.name}) ON COMMIT DELETE ROWS"
+            f"CREATE TEMPORARY TABLE IF NOT EXISTS staged_{table.name} ({columns}) ON COMMIT DELETE ROWS"
         )
         dates = [n for n, column in enumerate(table.columns) if isinstance(column.type, Date)]
         with self._cursor.copy(f"COPY staged_{table.name} FROM STDIN (FORMAT BINARY)") as copy:

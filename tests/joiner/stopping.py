@@ -1,6 +1,6 @@
 """`thumbwheel joiner` that stops itself with SIGSTOP, once, inside its first transaction on Postgres.
 
-python -m tests.joiner.stopping copy        between two rows of the first COPY
+python -m tests.joiner.stopping copy        in the first COPY
 python -m tests.joiner.stopping positions   when it has moved its positions, before anything else
 """
 
@@ -41,10 +41,8 @@ def main(point: str) -> None:
 
 
 def _stopping(rows: Sequence[Row]) -> Iterator[Row]:
-    for n, row in enumerate(rows):
-        if n == 1:
-            _stop()
-        yield row
+    _stop()
+    yield from rows
 
 
 def _stop() -> None:
