@@ -105,6 +105,14 @@ def start_positions(engine: Engine, group: str, places: Iterable[tuple[str, int]
     return {place: found[place] for place in wanted}
 
 
+def read_positions(engine: Engine, group: str) -> dict[tuple[str, int], int]:
+    """Where the group stands in each (topic, partition) that it ever had; changes nothing, unlike `start_positions`."""
+    query = select(positions.c.topic, positions.c.partition, positions.c.next)
+    with engine.connect() as connection:
+        rows = connection.execute(query.where(positions.c.consumer_group == group)).all()
+    return {(topic, partition): next_ for topic, partition, next_ in rows}
+
+
 def count_pending(engine: Engine) -> int:
     """Votes whose response was not seen yet."""
     with reaching(engine), engine.connect() as connection:
@@ -264,4 +272,4 @@ def _example_row(e: Joined) -> tuple[object, ...]:
 
 def _dead_row(letter: DeadLetter) -> tuple[object, ...]:
     reason, key = letter.reason.replace("\x00", "\ufffd"), letter.key.replace("\x00", "\ufffd")[:256]
-    return (letter.topic, letter.partition, letter.offset, reason, key, letter.value, False)
+    return (letter.topic, letter.partition, letter.offset, reason, key, letter.value, False, False)

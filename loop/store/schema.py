@@ -112,7 +112,8 @@ positions = Table(
     Column("next", BigInteger, nullable=False),
 )
 
-# Outbox: written in the join's transaction, sent to `<topic>.dlt` afterwards.
+# Outbox: written in the join's transaction, sent to `<topic>.dlt` afterwards. `replayed`: was appended to its own topic
+# again, by an operator.
 dead_letters = Table(
     "dead_letters",
     metadata,
@@ -123,6 +124,7 @@ dead_letters = Table(
     Column("key", String(256), nullable=False),
     Column("value", Bytes, nullable=False),
     Column("sent", Boolean, nullable=False),
+    Column("replayed", Boolean, nullable=False),
 )
 
 # --- written by the nightly run --------------------------------------------------------------------------------------
