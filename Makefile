@@ -6,7 +6,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PYTHON
 
-.PHONY: help install demo test lint bench bench-trainer bench-trainer-cuda bench-gateway bench-join torture demo-model clean
+.PHONY: help install demo demo-model schemas lint test torture clean
+.PHONY: bench bench-trainer bench-trainer-cuda bench-gateway bench-join
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -21,6 +22,9 @@ demo: $(INSTALLED) ## the whole loop on one worked example, before and after
 
 demo-model: $(INSTALLED) ## train the demo's base model again
 	@$(BIN)/python -m deploy.demo.train_base
+
+schemas: $(INSTALLED) ## JSON Schemas of the events, into deploy/schemas/
+	@$(BIN)/python -m loop.schemas
 
 lint: $(INSTALLED) ## ruff and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -18,14 +18,15 @@ import msgspec
 
 RESPONSE_TYPE = "thumbwheel.response.logged.v1"
 FEEDBACK_TYPE = "thumbwheel.feedback.given.v1"
-_RESPONSE_ID = re.compile(r"^(?:chatcmpl|cmpl)-([0-9a-f]{16})-[0-9a-f-]{36}$")
+# (?!\n): Python's $ alone lets a newline behind it pass.
+_RESPONSE_ID = re.compile(r"^(?:chatcmpl|cmpl)-([0-9a-f]{16})-[0-9a-f-]{36}$(?!\n)")
 
 FeedbackValue = Literal["up", "down", "retract"]
 # What the store keeps in columns is bounded here, so that an event which no store could hold breaks the contract.
 _NO_NUL = r"^[^\x00]*$"  # Postgres' text holds every character but this one
 Id = Annotated[str, msgspec.Meta(max_length=256, pattern=_NO_NUL)]
 ResponseId = Annotated[str, msgspec.Meta(max_length=80, pattern=_RESPONSE_ID.pattern)]
-Key = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}$")]
+Key = Annotated[str, msgspec.Meta(max_length=16, pattern=r"^[0-9a-f]{16}$")]
 Name = Annotated[str, msgspec.Meta(max_length=160, pattern=_NO_NUL)]
 ShortName = Annotated[str, msgspec.Meta(max_length=64, pattern=_NO_NUL)]
 Arm = Annotated[str, msgspec.Meta(max_length=16, pattern=_NO_NUL)]

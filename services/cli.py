@@ -42,7 +42,8 @@ def main() -> None:
     """Run the command; bad input ends with status 2 and one clear line, not with a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError) as exc:  # SettingsError, RegistryError, row and event errors
+    # SettingsError, RegistryError, row and event errors; a log or a store that is away
+    except (ValueError, FileNotFoundError, ConnectionError) as exc:
         console.print(f"[red]error[/]: {exc}", highlight=False, markup=True)
         sys.exit(2)
 
@@ -322,6 +323,39 @@ def _move(path: Path | None, change: Callable[[Any, int], Any]) -> None:
     route = change(fleet, int(time.time() * 1000))
     acknowledged = wait_for_gateways(fleet, route.generation, tree.rollout.drain_timeout_s)
     _print_json({**vars(route), "acknowledged": acknowledged})
+
+
+# --- the event log ---------------------------------------------------------------------------------------------------
+
+
+@app.command(name="log")
+def log_(
+    settings: SettingsFile = None,
+    topic: Annotated[str | None, typer.Option(help="Only dead letters of this topic.")] = None,
+    partition: Annotated[int | None, typer.Option(help="Only dead letters of this partition.")] = None,
+    offset: Annotated[int | None, typer.Option(help="Only dead letters at this offset.")] = None,
+    replay: Annotated[bool, typer.Option("--replay", help="Append these dead letters to their topics again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Show topics, lag and dead letters; after a fix, replay dead letters: what is still broken becomes one again."""
+    from loop.log.open import open_log
+    from loop.store import open_store
+    from loop.store.dead_letters import replay_dead_letters
+    from loop.store.joining import reaching
+    from services.log_view import choose, describe_log, show_log
+
+    tree = _settings(settings)
+    chosen = choose(tree.log, topic, partition, offset)
+    store, log = open_store(tree.store), open_log(tree.log)
+    with reaching(store):
+        found = (
+            {"replayed": replay_dead_letters(store, log, chosen)} if replay else describe_log(store, log, tree, chosen)
+        )
+    if replay or as_json:
+        _print_json(found)
+    else:
+        show_log(found, Console())
+    log.close()
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
-"""The outbox of dead letters: written in the join's transaction, sent to `<topic>.dlt` afterwards, then marked."""
+"""Dead letters: written in the join's transaction, sent to `<topic>.dlt` afterwards, and replayed after a fix."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Engine, and_, or_, select, update
+from sqlalchemy import Column, ColumnElement, Engine, Row, and_, func, select, tuple_, update
 
 from loop.log import EventLog, NewRecord
 from loop.store.engine import write
@@ -12,6 +14,38 @@ from loop.store.schema import dead_letters
 
 PAGE = 500
 SUFFIX = ".dlt"
+_columns = dead_letters.c
+_place = (_columns.topic, _columns.partition, _columns.offset)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which dead letters are meant: those of some topics; where they are set, of one partition and at one offset."""
+
+    topics: Collection[str]
+    partition: int | None = None
+    offset: int | None = None
+
+    def condition(self) -> ColumnElement[bool]:
+        """The same in SQL."""
+        wanted = {_columns.partition: self.partition, _columns.offset: self.offset}
+        equal = (column == value for column, value in wanted.items() if value is not None)
+        return and_(_columns.topic.in_(self.topics), *equal)
+
+
+def count_dead_letters(engine: Engine) -> dict[tuple[str, int], tuple[int, int]]:
+    """By (topic, partition), how many there are to be replayed, and how many were."""
+    counts = (func.count().filter(_columns.replayed.is_(value)) for value in (False, True))
+    with engine.connect() as connection:
+        rows = connection.execute(select(*_place[:2], *counts).group_by(*_place[:2])).all()
+    return {(topic, partition): (waiting, replayed) for topic, partition, waiting, replayed in rows}
+
+
+def list_dead_letters(engine: Engine, chosen: Chosen, limit: int) -> list[dict[str, Any]]:
+    """The first of those to be replayed: {topic, partition, offset, reason, sent}, by place."""
+    query = select(*_place, _columns.reason, _columns.sent).where(_columns.replayed.is_(False), chosen.condition())
+    with engine.connect() as connection:
+        return [row._asdict() for row in connection.execute(query.order_by(*_place).limit(limit))]
 
 
 def send_dead_letters(engine: Engine, log: EventLog, partitions: Collection[int]) -> int:
@@ -20,39 +54,57 @@ def send_dead_letters(engine: Engine, log: EventLog, partitions: Collection[int]
     Headers say where a letter was: `thumbwheel-topic`, `-partition`, `-offset` and `-reason`. Raises
     LogUnavailableError, and what the store raises.
     """
-    sent = 0
-    columns = dead_letters.c
-    query = (
-        select(dead_letters)
-        .where(columns.sent.is_(False), columns.partition.in_(partitions))
-        .order_by(columns.topic, columns.partition, columns.offset)
-        .limit(PAGE)
+    return _append_and_mark(engine, log, _columns.sent, _columns.partition.in_(partitions), _letter)
+
+
+def replay_dead_letters(engine: Engine, log: EventLog, chosen: Chosen) -> int:
+    """Append those that were not replayed to the topics they came from, key and bytes as they were; returns how many.
+
+    Killed in between, it appends some twice (events count once), loses none. Raises as `send_dead_letters` does.
+    """
+    query = select(*_place[:2], func.max(_columns.offset)).where(_columns.replayed.is_(False), chosen.condition())
+    with engine.connect() as connection:
+        lasts = connection.execute(query.group_by(*_place[:2])).all()
+    # What is still broken the joiner makes a dead letter again, behind the last: this replay must not chase its tail.
+    return sum(
+        _append_and_mark(
+            engine,
+            log,
+            _columns.replayed,
+            and_(chosen.condition(), _columns.topic == topic, _columns.partition == partition, _columns.offset <= last),
+            lambda row: NewRecord(row.topic, row.key, bytes(row.value)),
+        )
+        for topic, partition, last in lasts
     )
+
+
+def _letter(row: Row[Any]) -> NewRecord:
+    headers = {
+        "thumbwheel-topic": row.topic,
+        "thumbwheel-partition": str(row.partition),
+        "thumbwheel-offset": str(row.offset),
+        "thumbwheel-reason": row.reason,
+    }
+    return NewRecord(row.topic + SUFFIX, row.key, bytes(row.value), headers)
+
+
+def _append_and_mark(
+    engine: Engine,
+    log: EventLog,
+    mark: Column[bool],
+    condition: ColumnElement[bool],
+    make: Callable[[Row[Any]], NewRecord],
+) -> int:
+    """Page by page, append a record for each row that is not marked yet, then mark it: in this order, to lose none."""
+    query = select(dead_letters).where(mark.is_(False), condition).order_by(*_place).limit(PAGE)
+    done = 0
     while True:
         with engine.connect() as connection:
-            letters = connection.execute(query).all()
-        if not letters:
-            return sent
-        log.append(
-            [
-                NewRecord(
-                    letter.topic + SUFFIX,
-                    letter.key,
-                    bytes(letter.value),
-                    {
-                        "thumbwheel-topic": letter.topic,
-                        "thumbwheel-partition": str(letter.partition),
-                        "thumbwheel-offset": str(letter.offset),
-                        "thumbwheel-reason": letter.reason,
-                    },
-                )
-                for letter in letters
-            ]
-        )
+            rows = connection.execute(query).all()
+        if not rows:
+            return done
+        log.append([make(row) for row in rows])
         with write(engine) as connection:
-            places = [
-                and_(columns.topic == x.topic, columns.partition == x.partition, columns.offset == x.offset)
-                for x in letters
-            ]
-            connection.execute(update(dead_letters).where(or_(*places)).values(sent=True))
-        sent += len(letters)
+            places = [(row.topic, row.partition, row.offset) for row in rows]
+            connection.execute(update(dead_letters).where(tuple_(*_place).in_(places)).values({mark: True}))
+        done += len(rows)

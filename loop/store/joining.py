@@ -135,6 +135,14 @@ def start_positions(engine: Engine, reader: Reader, partitions: Iterable[int]) -
     return {partition: found[partition] for partition in wanted}
 
 
+def read_positions(engine: Engine, reader: Reader) -> dict[int, Offsets]:
+    """Where the reader stands in each partition that it ever had; changes nothing, unlike `start_positions`."""
+    columns = positions.c.partition, positions.c.responses_next, positions.c.feedback_next
+    query = select(*columns).where(positions.c.consumer_group == reader.group, positions.c.log_id == reader.log_id)
+    with engine.connect() as connection:
+        return {partition: Offsets(*next_) for partition, *next_ in connection.execute(query)}
+
+
 def pending_votes(engine: Engine) -> tuple[int, int | None]:
     """How many votes' response was not seen yet, and when the first of them was given (Unix ms)."""
     query = select(func.count(), func.min(votes.c.hlc)).select_from(votes).where(IS_PENDING)
@@ -301,4 +309,4 @@ def _example_row(e: Joined) -> tuple[object, ...]:
 
 def _dead_row(letter: DeadLetter) -> tuple[object, ...]:
     reason, key = letter.reason.replace("\x00", "\ufffd"), letter.key.replace("\x00", "\ufffd")[:256]
-    return (letter.topic, letter.partition, letter.offset, reason, key, letter.value, False)
+    return (letter.topic, letter.partition, letter.offset, reason, key, letter.value, False, False)

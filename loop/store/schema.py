@@ -20,7 +20,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 
 # Of `migrations/versions`; to be raised with every change below.
-REVISION = "0001"
+REVISION = "0002"
 
 metadata = MetaData()
 Json = JSON().with_variant(postgresql.JSONB(), "postgresql")
@@ -120,7 +120,8 @@ positions = Table(
     Column("feedback_next", BigInteger, nullable=False),
 )
 
-# Outbox: written in the join's transaction, sent to `<topic>.dlt` afterwards.
+# Outbox: written in the join's transaction, sent to `<topic>.dlt` afterwards. `replayed`: was appended to its own topic
+# again, by an operator.
 dead_letters = Table(
     "dead_letters",
     metadata,
@@ -131,6 +132,7 @@ dead_letters = Table(
     Column("key", String(256), nullable=False),
     Column("value", Bytes, nullable=False),
     Column("sent", Boolean, nullable=False),
+    Column("replayed", Boolean, nullable=False),
 )
 
 # --- written by the nightly run --------------------------------------------------------------------------------------

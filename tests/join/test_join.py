@@ -83,6 +83,11 @@ BROKEN = {
     "a stamp below zero": (FEEDBACK, feedback("f", "up", -1, response_id=ID).value, r"data\.hlc"),
     "an id that no column holds": (FEEDBACK, feedback("f" * 300, "up", 1, response_id=ID).value, r"length <= 256"),
     "a character that Postgres does not hold": (FEEDBACK, feedback("\0", "up", 1, response_id=ID).value, "regex"),
+    "a newline behind an id": (
+        RESPONSES,
+        encode(ResponseLogged(response_id=ID + "\n", choices=[]), event_id="e", key="a" * 16, source="t", now_ms=1),
+        "regex",
+    ),
     "a target of nobody's minting": (
         FEEDBACK,
         encode(FeedbackGiven(feedback_id="f", value="up", hlc=1, response_id="r-1"), event_id="e", key="a" * 16,

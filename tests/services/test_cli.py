@@ -61,3 +61,20 @@ def test_rolling_back_the_base_model_says_that_there_is_nothing_to_do(tmp_path: 
     done = thumbwheel("rollback", "--settings", str(path))
     assert done.returncode == 2
     assert "nothing to roll back" in done.stderr
+
+
+def test_a_log_that_cannot_be_reached_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "thumbwheel.toml"
+    path.write_text(f'[store]\nurl = "sqlite:///{tmp_path}/store.db"\n[log]\npath = "{tmp_path}"\n')
+    done = thumbwheel("log", "--settings", str(path))
+    assert done.returncode == 2
+    assert "unable to open database file" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_dead_letters_of_a_topic_that_is_not_ours_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "thumbwheel.toml"
+    path.write_text("")
+    done = thumbwheel("log", "--settings", str(path), "--topic", "elsewhere", "--replay")
+    assert done.returncode == 2
+    assert "--topic elsewhere: expected thumbwheel.responses or thumbwheel.feedback" in " ".join(done.stderr.split())

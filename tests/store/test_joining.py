@@ -14,10 +14,17 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from sqlalchemy import Engine, func, select
 
-from loop.log import NewRecord
+from loop.join import Batch, DeadLetter
+from loop.log import LogUnavailableError, NewRecord
 from loop.settings import StoreSettings
 from loop.store import open_store
-from loop.store.dead_letters import send_dead_letters
+from loop.store.dead_letters import (
+    Chosen,
+    count_dead_letters,
+    list_dead_letters,
+    replay_dead_letters,
+    send_dead_letters,
+)
 from loop.store.examples import count_labels, stream_examples
 from loop.store.joining import (
     Offsets,
@@ -32,6 +39,7 @@ from loop.store.schema import dead_letters, responses, votes
 from tests.join.joined import examples_in
 from tests.join.oracle import examples_of
 from tests.join.traffic import (
+    FEEDBACK,
     RESPONSES,
     START_MS,
     colliding_events,
@@ -187,6 +195,76 @@ def test_dead_letters_are_sent_once_with_where_they_were(store: Engine) -> None:
     assert "malformed" in sent.headers["thumbwheel-reason"]
     with store.connect() as connection:
         assert connection.execute(select(func.count()).where(dead_letters.c.sent)).scalar_one() == 1
+
+
+ALL = Chosen((RESPONSES, FEEDBACK))
+LETTERS = [
+    DeadLetter(topic, partition, offset, "broken", f"k{partition}", b"\x00%d" % offset)
+    for topic in (FEEDBACK, RESPONSES)
+    for partition in (0, 1)
+    for offset in range(3)
+]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (ALL, LETTERS),
+        (Chosen([FEEDBACK]), LETTERS[:6]),
+        (Chosen(["another"]), []),
+        (Chosen([FEEDBACK, RESPONSES], partition=1), [*LETTERS[3:6], *LETTERS[9:]]),
+        (Chosen([RESPONSES], partition=0, offset=2), LETTERS[8:9]),
+        (Chosen([RESPONSES], offset=0), [LETTERS[6], LETTERS[9]]),
+    ],
+)
+def test_the_chosen_dead_letters_are_replayed_as_they_were_and_once(
+    store: Engine, monkeypatch: pytest.MonkeyPatch, chosen: Chosen, expected: list[DeadLetter]
+) -> None:
+    monkeypatch.setattr("loop.store.dead_letters.PAGE", 2)
+    apply(store, READER, Batch(dead_letters=LETTERS), {})
+    outbox: Any = Outbox()
+    assert replay_dead_letters(store, outbox, chosen) == len(expected)
+    assert replay_dead_letters(store, outbox, chosen) == 0
+    assert sorted(outbox.records) == [NewRecord(letter.topic, letter.key, letter.value) for letter in expected]
+    assert sum(replayed for _, replayed in count_dead_letters(store).values()) == len(expected)
+    left = [letter for letter in LETTERS if letter not in expected]
+    listed = [(found["topic"], found["partition"], found["offset"]) for found in list_dead_letters(store, ALL, 99)]
+    assert listed == [letter[:3] for letter in left]
+    assert send_dead_letters(store, outbox, {0, 1}) == len(LETTERS)  # replayed or not
+
+
+def test_a_replay_that_breaks_off_loses_none(store: Engine) -> None:
+    class BreaksOff(Outbox):
+        def append(self, records: Any) -> None:
+            super().append(records)
+            raise LogUnavailableError("acknowledgement lost")
+
+    apply(store, READER, Batch(dead_letters=LETTERS), {})
+    outbox: Any = BreaksOff()
+    with pytest.raises(LogUnavailableError):
+        replay_dead_letters(store, outbox, ALL)
+    again: Any = Outbox()
+    assert replay_dead_letters(store, again, ALL) == len(LETTERS)
+    assert outbox.records  # sent twice, and counted once
+
+
+def test_a_replay_leaves_what_becomes_a_dead_letter_again_meanwhile(store: Engine) -> None:
+    class StillBroken(Outbox):
+        """Behind it a joiner that refuses everything again."""
+
+        def append(self, records: Any) -> None:
+            super().append(records)
+            offset = 100 + len(self.records)
+            again = [DeadLetter(r.topic, 0, offset + n, "broken still", r.key, r.value) for n, r in enumerate(records)]
+            apply(store, READER, Batch(dead_letters=again), {})
+
+    apply(store, READER, Batch(dead_letters=LETTERS), {})
+    outbox: Any = StillBroken()
+    assert replay_dead_letters(store, outbox, ALL) == len(LETTERS)
+    found = list_dead_letters(store, ALL, 99)
+    assert {letter["reason"] for letter in found} == {"broken still"}
+    assert len(found) == len(LETTERS)
+    assert count_dead_letters(store)[FEEDBACK, 0] == (6, 3)
 
 
 def test_examples_stream_in_one_order_and_are_counted(store: Engine) -> None:

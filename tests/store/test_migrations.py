@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, Engine, create_engine, inspect, text
+from sqlalchemy import Connection, Engine, create_engine, inspect, select, text
 
 from loop.settings import StoreSettings
 from loop.store import open_store, write
 from loop.store.migrate import head, upgrade
-from loop.store.schema import REVISION, metadata
+from loop.store.schema import REVISION, dead_letters, metadata
 
 
 @pytest.fixture
@@ -78,3 +78,17 @@ def test_a_store_of_a_newer_version_is_refused(bare: Engine, store_settings: Sto
     store.dispose()
     with pytest.raises(ValueError, match=r"9999.*made by a newer version"):
         open_store(store_settings)
+
+
+def test_an_older_store_is_brought_forward_with_what_it_holds(bare: Engine, store_settings: StoreSettings) -> None:
+    with bare.begin() as connection:
+        upgrade(connection, "0001")
+        connection.execute(
+            text("INSERT INTO dead_letters VALUES ('t', 1, 2, 'broken', 'k', :value, :sent)"),
+            {"value": b"\x00", "sent": True},
+        )
+    store = open_store(store_settings)
+    with store.connect() as connection:
+        assert differences(connection) == []
+        assert connection.execute(select(dead_letters)).one() == ("t", 1, 2, "broken", "k", b"\x00", True, False)
+    store.dispose()
