@@ -13,7 +13,7 @@ from uuid import uuid4
 import aiohttp
 
 PAUSE_S = 0.03
-TIMEOUT_S = 3.0
+TIMEOUT_S = 1.0
 TRIES = 4
 MESSAGES = 300
 AWAY = (aiohttp.ClientError, TimeoutError, OSError)  # killed, or stopped, meanwhile

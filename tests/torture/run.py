@@ -19,7 +19,7 @@ from tests.torture.faults import Faults
 from tests.torture.load import Promised, put_load
 from tests.torture.stage import Stage
 
-GATEWAYS, JOINERS, USERS = 2, 2, 6
+GATEWAYS, JOINERS, USERS = 2, 2, 16
 SETTLE_S = 180.0
 
 
