@@ -152,6 +152,7 @@ class RealPostgres:
     folder: Path
     user: str
     port: int = field(default_factory=lambda: free_ports(1)[0])
+    fsync: bool = False
     crash: ClassVar = {"mode": "immediate"}
 
     def new_store(self) -> StoreSettings:
@@ -169,7 +170,8 @@ class RealPostgres:
         if not (self.folder / "data").exists():
             # C: this cluster's databases are thrown away, and no test needs a language's order.
             self._run("initdb", "-A", "trust", "-U", "thumbwheel", "--no-locale", "-E", "UTF8", "--no-sync")
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
+        options += f" -c fsync={str(self.fsync).lower()}"
         self._run("pg_ctl", "-w", "-t", "60", "-l", str(self.folder / "postgres.log"), "-o", options, "start")
 
     def stop(self, mode: str = "fast") -> None:
@@ -200,7 +202,7 @@ def postgres_binaries() -> Path | None:
 
 
 @contextmanager
-def running_postgres(binaries: Path) -> Iterator[RealPostgres]:
+def running_postgres(binaries: Path, *, fsync: bool = False) -> Iterator[RealPostgres]:
     """A cluster of its own, gone at the end."""
     users = {user.pw_name for user in pwd.getpwall()}
     user = next((name for name in ("postgres", "nobody") if name in users), "nobody")
@@ -208,7 +210,7 @@ def running_postgres(binaries: Path) -> Iterator[RealPostgres]:
     try:
         if os.getuid() == 0:
             shutil.chown(folder, user)
-        cluster = RealPostgres(binaries, folder, user)
+        cluster = RealPostgres(binaries, folder, user, fsync=fsync)
         cluster.start()
         yield cluster
         cluster.stop("immediate")

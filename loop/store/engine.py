@@ -89,9 +89,10 @@ def _open_sqlite(url: URL) -> Engine:
         try:
             _make_sqlite_schema(engine)
             return engine
-        except (OperationalError, sqlite3.OperationalError) as exc:
+        except BaseException as exc:
             # Changing to WAL does not wait for the busy time-out while another process does the same.
-            if "locked" not in str(exc) or time.monotonic() > deadline:
+            is_locked = isinstance(exc, OperationalError | sqlite3.OperationalError) and "locked" in str(exc)
+            if not is_locked or time.monotonic() > deadline:
                 engine.dispose()
                 raise
             time.sleep(0.02)
@@ -118,9 +119,13 @@ def _open_postgres(url: URL, pool_size: int) -> Engine:
         pool_pre_ping=True,  # a restarted server costs a new connection, not an error
         connect_args={"application_name": "thumbwheel", "connect_timeout": 10},
     )
-    with write(engine) as connection:
-        lock_schema(connection)
-        _make_schema(connection)
+    try:
+        with write(engine) as connection:
+            lock_schema(connection)
+            _make_schema(connection)
+    except BaseException:
+        engine.dispose()
+        raise
     return engine
 
 
