@@ -6,7 +6,8 @@ One round, and why in this order:
    to the store's position, and what was polled from it before that is thrown away.
 2. Decode, pure. What breaks the contract becomes a dead letter and the rest goes on.
 3. Apply in one transaction of the store, positions included, by compare and set. After this, and only after this, the
-   events are joined; a crash before it leaves nothing, a crash after it is not repeated, and a zombie's is refused.
+   events are joined; a crash before it leaves nothing, a crash after it is not repeated, and a zombie's is refused. A
+   thread does it, one batch at a time, while the next one is polled and decoded: the store's time costs none of ours.
 4. Send dead letters from the store's outbox to `<topic>.dlt`, then mark them: sent twice at worst, lost never.
 5. Commit the offsets to the log last: only lag tools read them, so they must never run ahead of the store.
 """
@@ -18,6 +19,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
 
@@ -82,12 +85,28 @@ def _when_there(make: Callable[[], T], stop: threading.Event) -> T | None:
     return None
 
 
+def _timed(do: Callable[[], T]) -> tuple[T, float]:
+    began = time.monotonic()
+    return do(), time.monotonic() - began
+
+
 def _wait(exc: Exception, stop: threading.Event) -> None:
     """Say what is away, and give it a moment."""
     part = "log" if isinstance(exc, LogUnavailableError) else "store"
     metrics.joiner_up.labels(part).set(0)
     log.warning("waiting for the %s: %s", part, exc, extra={"action": "joiner_waits", "part": part})
     stop.wait(RETRY_S)
+
+
+@dataclass(frozen=True)
+class InHand:
+    """A batch on its way into the store."""
+
+    records: list[Record]
+    batch: Batch
+    ends: dict[int, Offsets]
+    read_s: float
+    joining: Future[tuple[Applied, float]]
 
 
 class Joiner:
@@ -99,17 +118,21 @@ class Joiner:
         self._store = store
         self._events = events
         self._reader = Reader(settings.joiner.group, "")
-        self._next: dict[int, Offsets] = {}
+        self._next: dict[int, Offsets] = {}  # where we read on
+        self._joined: dict[int, Offsets] = {}  # what the store has; behind `_next` by the batch in hand
+        self._in_hand: InHand | None = None
         self._owned: set[int] = set()
         self._current_at: dict[tuple[str, int], float] = {}  # what came before this (Unix seconds) is joined
         self._max_events = settings.joiner.batch_events
         self._has_letters = True  # an earlier process may have left some
         self._commit_at = self._look_at = 0.0
+        self._thread = ThreadPoolExecutor(1, "joining")
 
     @property
     def positions(self) -> dict[tuple[str, int], int]:
         """The next offset of each topic's partition that is ours, as joined and committed."""
-        return {(topic, n): next_ for n, offsets in self._next.items() for topic, next_ in self._by_topic(offsets)}
+        joined = list(self._joined.items())
+        return {(topic, n): next_ for n, offsets in joined for topic, next_ in self._by_topic(offsets)}
 
     def _by_topic(self, offsets: Offsets) -> Iterable[tuple[str, int]]:
         return zip(self._topics, offsets, strict=True)
@@ -135,29 +158,26 @@ class Joiner:
                 metrics.joiner_batches.labels(result).inc()
                 self._next.clear()  # what was polled is not joined: every partition is sought anew
         finally:
-            try:
-                self._commit(consumer)
-                consumer.close()
-            except LogUnavailableError as exc:
-                log.warning("left without a word: %s", exc, extra={"action": "joiner_leave_failed"})
+            for leave in (self._finish, lambda: self._commit(consumer), consumer.close, self._thread.shutdown):
+                try:
+                    leave()
+                except (PositionMovedError, StoreUnavailableError, LogUnavailableError) as exc:
+                    log.warning("left without a word: %s", exc, extra={"action": "joiner_leave_failed"})
 
     def _round(self, consumer: Consumer) -> None:
         owned = consumer.assigned()
         self._own(owned)
         self._seek(consumer, owned)
         records, spans = self._place(consumer.poll(self._max_events, self._settings.poll_timeout_s))
+        began = time.monotonic()
+        batch = read_batch(records, self._topics[0])
+        read_s = time.monotonic() - began
+        self._finish()
         if records:
-            began = time.monotonic()
-            batch = read_batch(records, self._topics[0])
-            decoded = time.monotonic()
-            applied = apply(self._store, self._reader, batch, spans)
-            joined = time.monotonic()
-            self._next |= {partition: end for partition, (_, end) in spans.items()}
-            self._resize(len(records), joined - decoded)
-            self._has_letters |= bool(batch.dead_letters)
-            metrics.joiner_batch_seconds.observe(joined - began)
-            metrics.joiner_transaction_seconds.observe(joined - decoded)
-            self._count(records, batch, applied)
+            ends = {partition: end for partition, (_, end) in spans.items()}
+            joining = self._thread.submit(_timed, lambda: apply(self._store, self._reader, batch, spans))
+            self._in_hand = InHand(records, batch, ends, read_s, joining)
+            self._next |= ends
         if self._has_letters:
             with reaching(self._store):
                 send_dead_letters(self._store, self._events, owned)
@@ -170,6 +190,19 @@ class Joiner:
             self._show_gauges()
             if self._next and self._events.identity() != self._reader.log_id:
                 raise PositionMovedError("the log's topics were made anew")
+
+    def _finish(self) -> None:
+        """Wait for the batch in hand. Raises what its transaction raised; it is out of hand either way."""
+        if self._in_hand is None:
+            return
+        batch, self._in_hand = self._in_hand, None
+        applied, seconds = batch.joining.result()
+        self._joined |= {partition: end for partition, end in batch.ends.items() if partition in self._next}
+        self._resize(len(batch.records), seconds)
+        self._has_letters |= bool(batch.batch.dead_letters)
+        metrics.joiner_batch_seconds.observe(batch.read_s + seconds)
+        metrics.joiner_transaction_seconds.observe(seconds)
+        self._count(batch.records, batch.batch, applied)
 
     def _own(self, owned: set[int]) -> None:
         """Count a rebalance; what went to somebody else is no longer ours to show."""
@@ -184,15 +217,18 @@ class Joiner:
 
     def _seek(self, consumer: Consumer, owned: set[int]) -> None:
         """Forget partitions that went to somebody else; start new ones where the store is."""
-        self._next = {partition: offsets for partition, offsets in self._next.items() if partition in owned}
+        for read in (self._next, self._joined):
+            for partition in read.keys() - owned:
+                del read[partition]
         new = owned - self._next.keys()
         if not new:
             return
+        self._finish()
         self._reader = Reader(self._settings.group, self._events.identity())
         for partition, offsets in start_positions(self._store, self._reader, new).items():
             for topic, offset in self._by_topic(offsets):
                 consumer.seek(topic, partition, offset)
-            self._next[partition] = offsets
+            self._next[partition] = self._joined[partition] = offsets
         self._has_letters = True
         numbers = sorted(new)
         log.info("partitions %s are ours", numbers, extra={"action": "joiner_assigned", "partitions": numbers})
@@ -220,7 +256,7 @@ class Joiner:
             self._max_events = max(MIN_BATCH_EVENTS, min(self._settings.batch_events, fitting))
 
     def _commit(self, consumer: Consumer) -> None:
-        if self._next:
+        if self._joined:
             consumer.commit(self.positions)
 
     def _show_gauges(self) -> None:

@@ -52,7 +52,6 @@ class KafkaLog:
         self._lock = threading.Lock()
         self._producer: Any = None
         self._asker: Any = None
-        self._admin: Any = None
         with self._reaching():
             _prepare_topics(settings, self._client)
 
@@ -118,11 +117,9 @@ class KafkaLog:
     def identity(self) -> str:
         """The cluster's id and those of the two topics. Raises LogUnavailableError."""
         pair = [self._settings.responses_topic, self._settings.feedback_topic]
-        with self._lock, self._reaching():
-            if self._admin is None:
-                self._admin = KafkaAdminClient(**self._client, request_timeout_ms=int(REQUEST_S * 1000))
-            ids = {topic["name"]: str(topic["topic_id"]) for topic in self._admin.describe_topics(pair)}
-            return " ".join([str(self._admin.describe_cluster()["cluster_id"]), *(ids[topic] for topic in pair)])
+        with self._reaching(), _admin(self._client) as admin:  # a kept one is lost for a while when brokers go away
+            ids = {topic["name"]: str(topic["topic_id"]) for topic in admin.describe_topics(pair)}
+            return " ".join([str(admin.describe_cluster()["cluster_id"]), *(ids[topic] for topic in pair)])
 
     def close(self) -> None:
         """Close the connections; what `append` returned from is with the brokers."""
@@ -131,8 +128,6 @@ class KafkaLog:
                 self._producer.close(timeout=REQUEST_S)
             if self._asker is not None:
                 self._asker.close(autocommit=False)
-            if self._admin is not None:
-                self._admin.close()
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -247,10 +242,18 @@ def _client_settings(settings: LogSettings) -> dict[str, Any]:
     return found | {name: str(path) for name, path in files.items() if path is not None}
 
 
-def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
-    pair = (settings.responses_topic, settings.feedback_topic)
+@contextmanager
+def _admin(client: dict[str, Any]) -> Iterator[Any]:
     admin = KafkaAdminClient(**client, request_timeout_ms=int(REQUEST_S * 1000))
     try:
+        yield admin
+    finally:
+        admin.close()
+
+
+def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
+    pair = (settings.responses_topic, settings.feedback_topic)
+    with _admin(client) as admin:
         there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics() if topic["partitions"]}
         # The partner of a topic that is there must be like it.
         partitions = next((there[topic] for topic in pair if topic in there), settings.partitions)
@@ -273,8 +276,6 @@ def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
                     continue  # another process of ours was quicker
         there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics(list(pair))}
         _check_configs(admin, topics, at_least)
-    finally:
-        admin.close()
     if len({there[topic] for topic in pair}) != 1:
         counts = ", ".join(f"{topic} has {there[topic]}" for topic in pair)
         raise ValueError(

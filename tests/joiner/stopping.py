@@ -6,9 +6,9 @@ python -m tests.joiner.stopping positions   when it has moved its positions, bef
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,7 +48,8 @@ def _stopping(rows: Sequence[Row]) -> Iterator[Row]:
 def _stop() -> None:
     if _left:
         _left.pop()
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this thread: a signal to the process may be another one's, and this one would go on for a moment.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 if __name__ == "__main__":
