@@ -178,6 +178,10 @@ class Joiner:
             joining = self._thread.submit(_timed, lambda: apply(self._store, self._reader, batch, spans))
             self._in_hand = InHand(records, batch, ends, read_s, joining)
             self._next |= ends
+            if (
+                self._store.dialect.name == "sqlite"
+            ):  # works in this process, not beside it: nothing to win by reading on
+                self._finish()
         if self._has_letters:
             with reaching(self._store):
                 send_dead_letters(self._store, self._events, owned)
