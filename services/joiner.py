@@ -178,9 +178,7 @@ class Joiner:
             joining = self._thread.submit(_timed, lambda: apply(self._store, self._reader, batch, spans))
             self._in_hand = InHand(records, batch, ends, read_s, joining)
             self._next |= ends
-            if (
-                self._store.dialect.name == "sqlite"
-            ):  # works in this process, not beside it: nothing to win by reading on
+            if self._store.dialect.name == "sqlite":  # which works in this process: reading beside it wins nothing
                 self._finish()
         if self._has_letters:
             with reaching(self._store):
