@@ -44,6 +44,9 @@ joiner_rebalances = Counter("thumbwheel_joiner_rebalances", "Changes of the part
 joiner_up = Gauge("thumbwheel_joiner_up", "Whether log and store answered when last asked.", ["part"])
 joiner_votes = Counter("thumbwheel_joiner_votes", "New votes, by value.", ["value"])
 joiner_duplicates = Counter("thumbwheel_joiner_duplicates", "Events seen before, by topic.", ["topic"])
+joiner_stale_versions = Counter(
+    "thumbwheel_joiner_stale_versions", "Later versions of responses that were joined already."
+)
 joiner_pending_votes = Gauge("thumbwheel_joiner_pending_votes", "Votes whose response was not seen yet.")
 store_orphaned_votes = Counter(
     "thumbwheel_store_orphaned_votes", "Votes given up at the store's retention: their response never came."

@@ -292,6 +292,7 @@ class Joiner:
             metrics.joiner_events.labels(topic).inc(number)
             metrics.joiner_duplicates.labels(topic).inc(number - dead[topic] - new[topic])
             metrics.joiner_dead_letters.labels(topic).inc(dead[topic])
+        metrics.joiner_stale_versions.inc(applied.stale)
         for vote in applied.votes:
             metrics.joiner_votes.labels(vote.value).inc()
         for letter in batch.dead_letters:

@@ -52,6 +52,8 @@ class Applied:
 
     responses: int
     votes: list[Vote]
+    stale: int
+    """Later versions of responses that are there already: they change nothing."""
 
 
 class Reader(NamedTuple):
@@ -93,12 +95,12 @@ def apply(engine: Engine, reader: Reader, batch: Batch, spans: Mapping[int, Span
             # 2. Whoever moves the positions has these partitions to himself until he commits.
             _advance(bulk, reader, spans)
             # 3. Facts before what follows from them.
-            added, replaced, inserted = _add_responses(bulk, batch)
+            added, replaced, inserted, stale = _add_responses(bulk, batch)
             changed, displaced = _add_votes(bulk, batch.votes)
             # 4. What the facts mean, for the responses that something new says something about.
             _rejoin(bulk, batch, added, replaced, [*changed, *displaced])
             bulk.insert(dead_letters, [_dead_row(letter) for letter in batch.dead_letters])
-    return Applied(inserted, changed)
+    return Applied(inserted, changed, stale)
 
 
 @contextmanager
@@ -165,8 +167,10 @@ def _advance(bulk: Bulk, reader: Reader, spans: Mapping[int, Span]) -> None:
             raise PositionMovedError(f"{reader.group} is no longer at offsets {tuple(start)} of partition {partition}")
 
 
-def _add_responses(bulk: Bulk, batch: Batch) -> tuple[list[Response], list[Response], int]:
-    """Insert the staged responses; returns those that count now, what stood under their ids, and how many are new."""
+def _add_responses(bulk: Bulk, batch: Batch) -> tuple[list[Response], list[Response], int, int]:
+    """Insert the staged responses; returns those that count now, what stood under their ids, and how many are new and
+    how many stale.
+    """
     added = [response for response, _ in batch.responses.values()]
     replaced: list[Response] = []
     later: set[str] = set()
@@ -182,7 +186,7 @@ def _add_responses(bulk: Bulk, batch: Batch) -> tuple[list[Response], list[Respo
                 later.add(id)
         added = [response for response in added if turn(response.response_id) not in later]
     bulk.insert_staged(responses, without=later)
-    return added, replaced, inserted
+    return added, replaced, inserted, len(later)
 
 
 def _add_votes(bulk: Bulk, arrived: Mapping[tuple[str, str], Vote]) -> tuple[list[Vote], list[Vote]]:

@@ -124,6 +124,8 @@ def test_a_retracted_vote_takes_its_example_away_and_duplicates_change_nothing(s
     assert (first.responses, len(first.votes)) == (1, 1)
     again = apply(store, READER, batch_of(response(ID), up), {})
     assert (again.responses, again.votes) == (0, [])
+    later = apply(store, READER, batch_of(response(ID, at_ms=START_MS + 1)), {})
+    assert (later.responses, again.stale, later.stale) == (0, 0, 1)
     apply(store, READER, batch_of(back), {})
     assert examples_in(store) == {}
     apply(store, READER, batch_of(up), {})
