@@ -95,12 +95,12 @@ def flip_votes(honest: Path, flipped: Path) -> None:
 def flipped(
     demo: tuple[Path, dict[str, Any]], settings: Settings, engine: RealEngine, tmp_path: Path
 ) -> Iterator[Path]:
-    """An adapter trained for one of the demo's epochs, on the same votes turned around, and loaded into the engine."""
+    """An adapter trained for two of the demo's epochs, on the same votes turned around, and loaded into the engine."""
     (snapshot,) = (demo[0] / "snapshots").iterdir()
     flip_votes(snapshot / "train.parquet", tmp_path / "train.parquet")
     adapter = tmp_path / "adapter"
-    one_epoch = settings.train.model_copy(update={"num_train_epochs": 1})
-    train(one_epoch, tmp_path / "train.parquet", settings.engine.model, adapter)
+    shorter = settings.train.model_copy(update={"num_train_epochs": 2})
+    train(shorter, tmp_path / "train.parquet", settings.engine.model, adapter)
     Replica(engine.url).load("support@flipped", adapter)
     yield adapter
     Replica(engine.url).unload("support@flipped")
