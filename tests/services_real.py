@@ -31,7 +31,9 @@ START_S = 60.0
 
 
 def kafka_home() -> Path | None:
-    """The folder of a Kafka: KAFKA_HOME, else the shared one beside the repository."""
+    """The folder of a Kafka: KAFKA_HOME, else the shared one beside the repository. None without one, or Java."""
+    if shutil.which("java") is None:
+        return None
     candidates = [Path(os.environ["KAFKA_HOME"])] if "KAFKA_HOME" in os.environ else []
     candidates.append(ROOT.parent / "shared" / "kafka")
     return next((home for home in candidates if any(home.glob("libs/kafka_2*.jar"))), None)
@@ -129,18 +131,24 @@ def kafka() -> Iterator[RealKafka]:
     """Apache Kafka where it is on this machine, else Tansu."""
     home = kafka_home()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        found = home is not None and shutil.which("java") is not None
-        broker = RealKafka(home, Path(folder)) if found and home is not None else Tansu(Path(), Path(folder))
+        broker = RealKafka(home, Path(folder)) if home is not None else Tansu(Path(), Path(folder))
         broker.start()
         yield broker
         broker.stop()
 
 
 @pytest.fixture(scope="session")
-def apache_kafka(kafka: RealKafka) -> RealKafka:
-    """Apache Kafka, for what Tansu does not do."""
-    if isinstance(kafka, Tansu):
+def apache_home() -> Path:
+    """The folder of an Apache Kafka, for what Tansu does not do."""
+    home = kafka_home()
+    if home is None:
         pytest.skip("no Apache Kafka (set KAFKA_HOME to one and have Java 17), and Tansu cannot do this: see its class")
+    return home
+
+
+@pytest.fixture(scope="session")
+def apache_kafka(apache_home: Path, kafka: RealKafka) -> RealKafka:
+    """The broker, where it is an Apache Kafka."""
     return kafka
 
 

@@ -50,7 +50,11 @@ class Bulk(Protocol):
 def open_bulk(connection: Connection) -> Bulk:
     """The bulk form of a transaction that was begun on `connection`."""
     cursor = connection.connection.cursor()
-    return SqliteBulk(cursor) if connection.dialect.name == "sqlite" else PostgresBulk(cursor)
+    if connection.dialect.name == "sqlite":
+        return SqliteBulk(cursor)
+    # Positions and what they cover are lost together in a crash of the server, or not: the log has it all.
+    cursor.execute("SET LOCAL synchronous_commit = off")
+    return PostgresBulk(cursor)
 
 
 class SqliteBulk:

@@ -86,9 +86,6 @@ def apply(engine: Engine, reader: Reader, batch: Batch, spans: Mapping[int, Span
         ensure_days(engine, {day for day, _, _ in bodies})
         with write(engine) as connection:
             bulk = open_bulk(connection)
-            if engine.dialect.name == "postgresql":
-                # Positions and what they cover are lost together in a crash of the server, or not: the log has it all.
-                bulk.execute("SET LOCAL synchronous_commit = off")
             # 1. Bulk data comes near before any lock is taken: a process that is stopped here holds up nobody.
             bulk.stage(responses, bodies)
             bulk.stage(response_index, [(id, *response[1:]) for id, response, _ in turned])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection
 
@@ -22,24 +21,12 @@ def upgrade(connection: Connection, revision: str = REVISION) -> None:
 
     Raises ValueError where the store's revision is not known here: it was made by a newer version.
     """
+    config = Config()
+    config.set_main_option("script_location", str(SCRIPTS))
+    config.attributes["connection"] = connection  # for `migrations/env.py`
     try:
-        command.upgrade(config(connection), revision)
+        command.upgrade(config, revision)
     except CommandError as exc:
         raise ValueError(
             f"the store's schema cannot be brought to revision {revision}: {exc}; was it made by a newer version?"
         ) from exc
-
-
-def head() -> str:
-    """The last revision that there is a file for."""
-    found = ScriptDirectory(str(SCRIPTS)).get_current_head()
-    assert found is not None
-    return found
-
-
-def config(connection: Connection) -> Config:
-    """Alembic's, for `migrations/env.py` to work on this connection."""
-    made = Config()
-    made.set_main_option("script_location", str(SCRIPTS))
-    made.attributes["connection"] = connection
-    return made

@@ -2,7 +2,7 @@
 
 import warnings
 
-from tests.services_real import apache_kafka, kafka  # noqa: F401
+from tests.services_real import apache_home, apache_kafka, kafka  # noqa: F401
 
 with warnings.catch_warnings():  # kafka-python reads its schemas by a function that Python 3.11 wants replaced
     warnings.simplefilter("ignore", DeprecationWarning)

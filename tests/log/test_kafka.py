@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import random
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from loop.log import NewRecord, RecordTooLargeError
 from loop.log.open import open_log
 from loop.log.partition import partition_of
 from loop.settings import LogSettings
-from tests.services_real import RealKafka, kafka_home
+from tests.services_real import RealKafka
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
@@ -106,10 +105,7 @@ def test_a_partition_that_cannot_be_read_does_not_stop_the_others(apache_kafka: 
     assert read == {0: [b"one", b"two", b"three"], 1: [b"one"], 2: [b"one", b"two", b"three"]}
 
 
-def test_keys_are_placed_as_the_java_producer_places_them(tmp_path: Path) -> None:
-    home = kafka_home()
-    if home is None or shutil.which("java") is None:
-        pytest.skip("no Apache Kafka: set KAFKA_HOME to one and have Java 17")
+def test_keys_are_placed_as_the_java_producer_places_them(apache_home: Path, tmp_path: Path) -> None:
     program = tmp_path / "Place.java"
     program.write_text(
         """public class Place { public static void main(String[] keys) { for (String key : keys) System.out.println(
@@ -119,7 +115,7 @@ def test_keys_are_placed_as_the_java_producer_places_them(tmp_path: Path) -> Non
     random_ = random.Random(5)
     keys = [f"{random_.getrandbits(64):016x}" for _ in range(200)] + ["a", "ab", "abc", "größer", "\U0001f44d" * 3]
     placed = subprocess.run(
-        ["java", "-cp", f"{home}/libs/*", program, *keys],
+        ["java", "-cp", f"{apache_home}/libs/*", program, *keys],
         env=os.environ | {"LC_ALL": "C.UTF-8"},
         capture_output=True,
         text=True,

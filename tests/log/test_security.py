@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from loop.log import LogUnavailableError, NewRecord
 from loop.log.open import open_log
 from loop.settings import LogSettings
-from tests.services_real import RealKafka, free_ports, kafka_home
+from tests.services_real import RealKafka, free_ports
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
@@ -23,11 +22,8 @@ LOGIN = "org.apache.kafka.common.security"
 
 
 @pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealKafka]:
+def broker(apache_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealKafka]:
     """One broker with a listener for each protocol; the user is `app`, the password `secret`."""
-    home = kafka_home()
-    if home is None or shutil.which("java") is None:
-        pytest.skip("no Apache Kafka: set KAFKA_HOME to one and have Java 17")
     folder = tmp_path_factory.mktemp("secured")
     make_certificates(folder, "broker", "client")
     properties: dict[str, object] = {
@@ -45,7 +41,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealKafka]:
             properties[f"{stem}.{mechanism}.sasl.jaas.config"] = f"{LOGIN}.scram.ScramLoginModule required;"
     scram = [x for m in MECHANISMS[1:] for x in ("--add-scram", f"{m}=[name=app,password=secret]")]
     listeners = dict(zip(PROTOCOLS, free_ports(3), strict=True))
-    started = RealKafka(home, folder, listeners=listeners, properties=properties, format_arguments=tuple(scram))
+    started = RealKafka(apache_home, folder, listeners=listeners, properties=properties, format_arguments=tuple(scram))
     started.start()
     yield started
     started.stop()

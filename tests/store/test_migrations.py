@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, inspect, select, text
 
 from loop.settings import StoreSettings
 from loop.store import open_store, write
-from loop.store.migrate import head, upgrade
+from loop.store.migrate import SCRIPTS, upgrade
 from loop.store.schema import REVISION, dead_letters, metadata
 
 
@@ -34,7 +35,7 @@ def differences(connection: Connection) -> list[Any]:
 
 
 def test_the_last_revision_is_this_codes() -> None:
-    assert head() == REVISION
+    assert ScriptDirectory(str(SCRIPTS)).get_current_head() == REVISION
 
 
 def test_migrated_from_nothing_it_is_the_schema(bare: Engine) -> None:

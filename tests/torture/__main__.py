@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     options = parser.parse_args()
     home, binaries = kafka_home(), postgres_binaries()
-    if home is None or binaries is None or shutil.which("java") is None:
+    if home is None or binaries is None:
         parser.error("needs Apache Kafka (KAFKA_HOME), Java 17 and Postgres' server programs")
     console = Console(stderr=True)
     console.print(f"seed {options.seed}")
