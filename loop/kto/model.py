@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from loop.kto.artifacts import ADAPTER_CONFIG
 from loop.kto.attention import PACKED_ATTENTION
-from loop.kto.norms import replace_norms
+from loop.kto.layers import replace_layers
 from loop.settings import TrainSettings
 
 Quantization = Literal["nf4", "none"]
@@ -62,13 +62,13 @@ def load_base(model_dir: Path, quantization: Quantization, dtype: str) -> Any:
 
 
 def prepare(model: nn.Module) -> None:
-    """Freeze a base model, switch its dropout off and exchange its norms, for training as for scoring.
+    """Freeze a base model, switch its dropout off and exchange some layers, for training as for scoring.
 
     The model stays in training mode for good: bitsandbytes changes 4-bit weights for another, less exact kernel when
     it meets them in evaluation mode on some CPUs, and then reference and policy would be two different models.
     """
     model.requires_grad_(False)
-    replace_norms(model)
+    replace_layers(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

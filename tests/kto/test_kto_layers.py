@@ -1,4 +1,4 @@
-"""Our RMSNorm against the models' own."""
+"""Our RMSNorm and SwiGLU against the models' own."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ import pytest
 import torch
 from torch import nn
 
-from loop.kto.norms import RmsNorm, _RmsNorm, replace_norms
+from loop.kto.layers import RmsNorm, SwiGlu, _RmsNorm, _SwiGlu, replace_layers
 
 
-def test_the_gradient_is_that_of_the_function() -> None:
+def test_the_gradients_are_those_of_the_functions() -> None:
     torch.manual_seed(0)
-    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    x, y = (torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight = torch.randn(8, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: _RmsNorm.apply(x, weight, 1e-6), (x,))
+    assert torch.autograd.gradcheck(_SwiGlu.apply, (x, y))
+    assert torch.equal(_SwiGlu.apply(x, y), nn.functional.silu(x) * y)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "granite"])
-def test_a_model_with_our_norms_is_the_same_model(kind: str, make_model: Callable[..., Any]) -> None:
+def test_a_model_with_our_layers_is_the_same_model(kind: str, make_model: Callable[..., Any]) -> None:
     theirs, ours = make_model(kind), make_model(kind)
     for model in (theirs, ours):
         for name, parameter in model.named_parameters():
             if "norm" in name:  # they begin as 0 or 1
                 nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    norms = sum(type(module).__name__.endswith("RMSNorm") for module in theirs.modules())
-    replace_norms(ours)
-    assert sum(isinstance(module, RmsNorm) for module in ours.modules()) == norms > 0
+    names = [type(module).__name__ for module in theirs.modules()]
+    replace_layers(ours)
+    kinds = [type(module) for module in ours.modules()]
+    assert kinds.count(RmsNorm) == sum(name.endswith("RMSNorm") for name in names) > 0
+    gated = 0 if kind.startswith("gemma") else sum(name.endswith("MLP") for name in names)  # Gemma's gate is a GELU
+    assert kinds.count(SwiGlu) == gated
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
     ids = torch.arange(20).view(2, 10)
     out: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
@@ -40,7 +46,7 @@ def test_a_model_with_our_norms_is_the_same_model(kind: str, make_model: Callabl
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
 
 
-def test_a_norm_that_is_another_function_stays(make_model: Callable[..., Any]) -> None:
+def test_a_layer_that_is_another_function_stays() -> None:
     class ShiftedRMSNorm(nn.Module):
         weight = torch.ones(8)
         eps = 1e-6
@@ -49,5 +55,5 @@ def test_a_norm_that_is_another_function_stays(make_model: Callable[..., Any]) -
             return x / x.norm() + 1
 
     model = nn.Sequential(ShiftedRMSNorm(), nn.RMSNorm(8, dtype=torch.bfloat16, eps=1e-6))
-    replace_norms(model)
+    replace_layers(model)
     assert not any(isinstance(module, RmsNorm) for module in model)
