@@ -17,7 +17,7 @@ from loop.store.schema import examples
 @dataclass(frozen=True)
 class Example:
     """One example. `votes` has one entry for each rater whose last vote stands, sorted by rater:
-    {"rater", "value": "up" | "down", "weight", "source", "hlc"}.
+    {"rater", "value": "up" | "down", "weight", "source", "hlc", "correction" (where there is one)}.
     """
 
     response_id: str

@@ -13,8 +13,11 @@ from loop.settings import GatewaySettings, Settings
 from services.gateway.engines import Engines
 from services.gateway.errors import Refusal
 from services.gateway.identity import TokenSigner, is_key_known
+from services.gateway.recent import Recent
 from services.gateway.routes import RouteWatch
 from services.gateway.spool import Spool
+
+_REMEMBERED = 20_000
 
 
 @dataclass
@@ -39,6 +42,14 @@ class Parts:
         self.rater_salt = settings.gateway.rater_salt.get_secret_value().encode()
         self.api_keys = [key.get_secret_value().encode() for key in settings.gateway.api_keys]
         secret = settings.gateway.token_secret
+        self.langfuse = settings.langfuse
+        gateway = settings.gateway
+        weights = {"regenerate": gateway.regenerate_weight, "copy": gateway.copy_weight, "edit": gateway.edit_weight}
+        self.implicit_weights = {source: weight for source, weight in weights.items() if weight is not None}
+        # Keys of responses with several choices, the last response to each prompt, and what scores were given on.
+        self.with_choices: Recent[None] = Recent(_REMEMBERED)
+        self.answered: Recent[str] = Recent(_REMEMBERED)
+        self.scored: Recent[str] = Recent(_REMEMBERED)
         # Without a secret, tokens hold until the next start.
         self.signer = TokenSigner(os.urandom(32) if secret is None else secret.get_secret_value().encode())
 
