@@ -20,7 +20,7 @@ from services.gateway.engines import Engines
 from services.gateway.errors import Refusal
 from services.gateway.feedback import feedback
 from services.gateway.forward import forwarding
-from services.gateway.langfuse import create_score, delete_score, drop_traces, ingest
+from services.gateway.langfuse import create_scores, delete_score, drop_traces, ingest
 from services.gateway.parts import PARTS, Parts
 from services.gateway.proxy import chat_completions, completions, models, not_served, pass_through
 from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
@@ -47,7 +47,7 @@ def create_app(settings: Settings) -> web.Application:
             web.post("/tokenize", pass_through),
             web.post("/detokenize", pass_through),
             web.post("/v1/feedback", feedback),
-            web.post("/api/public/scores", create_score),
+            web.post("/api/public/scores", create_scores),
             web.delete("/api/public/scores/{score_id}", delete_score),
             web.post("/api/public/ingestion", ingest),
             web.post("/api/public/otel/v1/traces", drop_traces),

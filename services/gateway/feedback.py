@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 from aiohttp import web
@@ -43,7 +43,9 @@ MAX_ITEMS = 1_000
 MAX_BATCH_BYTES = 8 * 1024 * 1024
 WRITE_TIMEOUT_S = 5.0
 VALUES = ("up", "down", "retract")
-_ITEMS_AT_ONCE = 50  # then the chat's requests get their turn on the event loop
+_ITEMS_AT_ONCE = 50
+
+T = TypeVar("T")
 
 Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS, pattern=r"^[^\x00-\x1f\x7f]+$")]
 OwnId = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -98,9 +100,7 @@ async def feedback(request: web.Request) -> web.Response:
         count_refused(exc)
         raise
     results: list[FeedbackGiven | Refusal] = []
-    for number, item in enumerate(items):
-        if number % _ITEMS_AT_ONCE == _ITEMS_AT_ONCE - 1:
-            await asyncio.sleep(0)
+    async for number, item in in_turns(items):
         feedback_id = f"{caller.idempotency_key}/{number}" if is_batch and caller.idempotency_key else None
         results.append(_take(item, feedback_id or caller.idempotency_key, caller, parts))
     await write_feedback([given for given in results if isinstance(given, FeedbackGiven)], parts)
@@ -110,6 +110,14 @@ async def feedback(request: web.Request) -> web.Response:
     if isinstance(result, Refusal):
         raise result
     return _answer(202, _result(result) | {"status": "accepted"})
+
+
+async def in_turns(items: Iterable[T]) -> AsyncIterator[tuple[int, T]]:
+    """The items with their numbers; now and then the chat's requests get their turn on the event loop."""
+    for number, item in enumerate(items, 1):
+        yield number - 1, item
+        if number % _ITEMS_AT_ONCE == 0:
+            await asyncio.sleep(0)
 
 
 def read_items(body: bytes) -> tuple[Sequence[bytes | Raw], bool]:

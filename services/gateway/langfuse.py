@@ -23,13 +23,13 @@ from loop.settings import LangfuseSettings
 from services.gateway.errors import Refusal, read_body
 from services.gateway.feedback import (
     MAX_BATCH_BYTES,
-    MAX_BYTES,
     Caller,
     Comment,
     Id,
     Vote,
     authorize,
     count_refused,
+    in_turns,
     write_feedback,
 )
 from services.gateway.parts import PARTS, Parts
@@ -63,24 +63,34 @@ class _Ingestion(msgspec.Struct):
 
 
 _score = msgspec.json.Decoder(Score)
+_list = msgspec.json.Decoder(list[Raw])
 _event = msgspec.json.Decoder(_Event)
 _ingestion = msgspec.json.Decoder(_Ingestion)
 _encode = msgspec.json.Encoder().encode
 
 
-async def create_score(request: web.Request) -> web.Response:
-    """POST /api/public/scores"""
+async def create_scores(request: web.Request) -> web.Response:
+    """POST /api/public/scores: one, as LibreChat sends it, or a list of them, as Langfuse's own clients do."""
     parts = request.app[PARTS]
     parts.check_key(request)
-    try:
-        score = _read(_score, await read_body(request, MAX_BYTES))
-        given = to_feedback(score, None, parts)
-    except Refusal as exc:
-        count_refused(exc)
-        raise
-    if given is not None:
-        await write_feedback([given], parts)
-    return _answer(200, {"id": remember(score, parts)})
+    body = await read_body(request, MAX_BATCH_BYTES)
+    if not body.lstrip().startswith(b"["):
+        score, given = take_score(body, None, parts)
+        await write_feedback([] if given is None else [given], parts)
+        return _answer(200, {"id": score.id or f"feedback-{score.trace_id}"})
+    taken: list[FeedbackGiven] = []
+    errors: list[dict[str, str]] = []
+    scores = _read(_list, body)
+    async for _, raw in in_turns(scores):
+        try:
+            _, given = take_score(raw, None, parts)
+            taken += [] if given is None else [given]
+        except Refusal as exc:
+            errors.append({"message": exc.error["message"]})
+    await write_feedback(taken, parts)
+    if not errors:
+        return _answer(202, {"message": "Accepted"})
+    return _answer(207, {"accepted": len(scores) - len(errors), "rejected": len(errors), "errors": errors})
 
 
 async def delete_score(request: web.Request) -> web.Response:
@@ -106,19 +116,16 @@ async def ingest(request: web.Request) -> web.Response:
     batch = _read(_ingestion, await read_body(request, MAX_BATCH_BYTES)).batch
     given: list[FeedbackGiven] = []
     successes, errors = [], []
-    for raw in batch:
+    async for _, raw in in_turns(batch):
         event_id = ""
         try:
             event = _read(_event, raw)
             event_id = event.id
             if event.type == "score-create":
-                score = _read(_score, event.body)
-                vote = to_feedback(score, event.id, parts)
+                _, vote = take_score(event.body, event.id, parts)
                 given += [] if vote is None else [vote]
-                remember(score, parts)
             successes.append({"id": event_id, "status": 201})
         except Refusal as exc:
-            count_refused(exc)
             errors.append({"id": event_id, "status": exc.status, "message": exc.error["message"]})
     await write_feedback(given, parts)
     return _answer(207, {"successes": successes, "errors": errors})
@@ -132,15 +139,28 @@ async def drop_traces(request: web.Request) -> web.Response:
     return web.Response(body=b"{}" if is_json else b"", content_type=request.content_type)
 
 
-def to_feedback(score: Score, event_id: str | None, parts: Parts) -> FeedbackGiven | None:
-    """The score's vote; None where it is no thumb. `event_id` tells copies of one event. Raises Refusal 4xx."""
-    value = value_of(score, parts.langfuse)
-    if value is None:
-        return None
-    if score.trace_id is None:
-        raise Refusal(400, f"the score {score.name!r} has no traceId; only responses can be voted on", param="traceId")
-    feedback_id = None if event_id is None else f"{SOURCE}/{event_id}"
-    return authorize(vote_on(score.trace_id, value, score.comment, feedback_id), Caller(has_key=True), parts)
+def take_score(raw: bytes | Raw, event_id: str | None, parts: Parts) -> tuple[Score, FeedbackGiven | None]:
+    """The score and its vote; None where it is no thumb. `event_id` tells copies of one event. Raises Refusal 4xx,
+    which is counted.
+    """
+    try:
+        score = _read(_score, raw)
+        value = value_of(score, parts.langfuse)
+        if value is None:
+            return score, None
+        if score.trace_id is None:
+            raise Refusal(
+                400, f"the score {score.name!r} has no traceId; only responses can be voted on", param="traceId"
+            )
+        feedback_id = None if event_id is None else f"{SOURCE}/{event_id}"
+        vote = vote_on(score.trace_id, value, score.comment, feedback_id)
+        given = authorize(vote, Caller(has_key=True), parts)
+    except Refusal as exc:
+        count_refused(exc)
+        raise
+    if score.id is not None:
+        parts.scored.put(score.id, score.trace_id)
+    return score, given
 
 
 def value_of(score: Score, settings: LangfuseSettings) -> FeedbackValue | None:
@@ -177,15 +197,6 @@ def vote_on(trace_id: str, value: str, comment: str | None = None, feedback_id: 
         source=SOURCE,
         feedback_id=feedback_id,
     )
-
-
-def remember(score: Score, parts: Parts) -> str:
-    """The score's id, by which it can be deleted."""
-    trace_id = score.trace_id or ""
-    if score.id is None:
-        return f"feedback-{trace_id}"
-    parts.scored.put(score.id, trace_id)
-    return score.id
 
 
 def _read(decoder: msgspec.json.Decoder[Any], body: bytes | Raw) -> Any:

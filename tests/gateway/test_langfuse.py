@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 from typing import Any
 
+import langfuse
 import pytest
 
 from loop.events import FeedbackGiven, decode_feedback, decode_response, encode, message_digest
@@ -204,3 +206,47 @@ async def test_bad_scores_get_a_clear_error(gateway: Gateway, body: bytes, said:
     assert status == 400
     assert said in answer["error"]["message"]
     assert gateway.feedback() == []
+
+
+async def test_langfuses_own_client_scores_and_takes_it_back(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await start(api_keys=["k1"])
+    for name in ("LANGFUSE_PUBLIC_KEY", "LANGFUSE_SECRET_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def use_it() -> None:
+        client = langfuse.Langfuse(public_key="pk-lf-1", secret_key="k1", base_url=gateway.url)
+        client.create_score(
+            name="user-feedback", value=True, data_type="BOOLEAN", trace_id=trace_of("m"), comment="yes"
+        )
+        client.create_score(name="user-feedback", value=0.1, trace_id=RESPONSE_ID, score_id="of-the-app")
+        client.create_score(name="user-feedback", value="thumbs_up", data_type="CATEGORICAL", trace_id="my-own-id")
+        client.create_score(name="toxicity", value=0.9, trace_id=trace_of("m"))
+        client.create_score(name="user-feedback", value="meh", trace_id=trace_of("m"))
+        with client.start_as_current_observation(name="chat"):
+            pass  # its spans go to the same address
+        client.flush()
+        client.api.scores.delete("of-the-app")
+        client.shutdown()
+
+    await asyncio.to_thread(use_it)
+    assert votes_of(gateway) == [
+        ("up", f"sha256:{trace_of('m')}"),
+        ("down", RESPONSE_ID),
+        ("up", "my-own-id"),
+        ("retract", RESPONSE_ID),
+    ]
+    assert gateway.feedback()[0].comment == "yes"
+
+
+async def test_a_list_of_scores_says_how_many_were_taken(gateway: Gateway) -> None:
+    good = {"traceId": RESPONSE_ID, "name": "user-feedback", "value": 1}
+    assert (await gateway.post("/api/public/scores", [good, good | {"name": "toxicity"}]))[:2] == (
+        202,
+        {"message": "Accepted"},
+    )
+    status, body, _ = await gateway.post("/api/public/scores", [good | {"value": "meh"}, good, 1])
+    assert (status, body["accepted"], body["rejected"]) == (207, 1, 2)
+    assert "'meh'; expected one of" in body["errors"][0]["message"]
+    assert votes_of(gateway) == [("up", RESPONSE_ID)] * 2

@@ -12,7 +12,8 @@ from tests.chromium import chromium
 from tests.gateway.conftest import Gateway, StartGateway, serve
 
 RESPONSE_ID = "chatcmpl-0123456789abcdef-01890000-0000-7000-8000-000000000000"
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Chat</title>
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Chat</title><link rel="icon" href="data:,">
 <p>Your refund takes five days.</p><div id="now" data-feedback-token="{token}"></div>
 <p>And this one was long ago.</p><div id="late"></div>
 <script src="{gateway}/thumbs.js"></script>"""

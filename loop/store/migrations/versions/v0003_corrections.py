@@ -20,7 +20,8 @@ def upgrade() -> None:
     digest = "substr(encode(sha256(convert_to(message_id, 'UTF8')), 'hex'), 1, 32)"
     if is_sqlite:
         digest = "message_digest(message_id)"
-        driver: sqlite3.Connection = connection.connection.driver_connection
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, sqlite3.Connection)
         driver.create_function("message_digest", 1, _digest)
     for table_name in ("response_index", "votes"):
         op.execute(f"UPDATE {table_name} SET message_id = {digest} WHERE message_id IS NOT NULL")
