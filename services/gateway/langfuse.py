@@ -79,7 +79,7 @@ async def create_scores(request: web.Request) -> web.Response:
         await write_feedback([] if given is None else [given], parts)
         return _answer(200, {"id": score.id or f"feedback-{score.trace_id}"})
     taken: list[FeedbackGiven] = []
-    errors: list[dict[str, str]] = []
+    errors: list[dict[str, Any]] = []
     scores = _read(_list, body)
     async for _, raw in in_turns(scores):
         try:
