@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from loop.settings import OpenWebuiSettings
 
 EXPORT = "api/v1/evaluations/feedbacks/all/export"
-BATCH = 1_000  # what the gateway takes at once
+BATCH = 100  # with the longest comments, still less than the gateway takes at once
 TIMEOUT_S = 300.0
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def to_vote(rating: Rating) -> dict[str, Any] | None:
     if rating.user_id:
         vote["rater"] = rating.user_id
     if rating.data.comment:
-        vote["comment"] = rating.data.comment.replace("\0", "")[:10_000]
+        vote["comment"] = rating.data.comment.replace("\0", "")[:5_000]
     if rating.data.reason and rating.data.reason.isprintable():
         vote["reasons"] = [rating.data.reason[:64]]
     return vote

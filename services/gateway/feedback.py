@@ -105,11 +105,11 @@ async def feedback(request: web.Request) -> web.Response:
         results.append(_take(item, feedback_id or caller.idempotency_key, caller, parts))
     await write_feedback([given for given in results if isinstance(given, FeedbackGiven)], parts)
     if is_batch:
-        return _answer(207, {"items": [_result(result) for result in results]})
+        return answer(207, {"items": [_result(result) for result in results]})
     (result,) = results
     if isinstance(result, Refusal):
         raise result
-    return _answer(202, _result(result) | {"status": "accepted"})
+    return answer(202, _result(result) | {"status": "accepted"})
 
 
 async def in_turns(items: Iterable[T]) -> AsyncIterator[tuple[int, T]]:
@@ -272,5 +272,6 @@ def _result(result: FeedbackGiven | Refusal) -> dict[str, Any]:
     return {"status": 202, "feedback_id": result.feedback_id, **target}
 
 
-def _answer(status: int, body: dict[str, Any]) -> web.Response:
+def answer(status: int, body: dict[str, Any]) -> web.Response:
+    """The body as JSON."""
     return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")

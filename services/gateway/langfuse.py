@@ -5,8 +5,8 @@ A score is on the trace of a response: its trace id is the `response_id`, the SH
 digits, as LibreChat makes it), else the message id itself. Which scores are thumbs, and which way they point, the
 settings of [langfuse] say; the others, and everything else that those clients send, is accepted and dropped.
 
-A score given again is the rater's next vote; a deleted one is a retraction. What a score was on is read from its id,
-where that ends with the trace id (LibreChat's do, and those made here), else remembered for a while.
+A score given again is the rater's next vote; a deleted one is a retraction. What a score was on is remembered for a
+while, else read from its id, where that ends with `-` and the trace id (as LibreChat's do, and those made here).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from services.gateway.feedback import (
     Comment,
     Id,
     Vote,
+    answer,
     authorize,
     count_refused,
     in_turns,
@@ -37,7 +38,7 @@ from services.gateway.parts import PARTS, Parts
 SOURCE = "langfuse"
 _RESPONSE_ID = re.compile(r"(?:chatcmpl|cmpl)-[0-9a-f]{16}-[0-9a-f-]{36}")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_TRACE_AT_END = re.compile(rf"(?:{_RESPONSE_ID.pattern}|{_DIGEST.pattern})\Z")
+_TRACE_AT_END = re.compile(rf"-({_RESPONSE_ID.pattern}|{_DIGEST.pattern})\Z")
 _NO_VALUES = {"TEXT", "CORRECTION"}  # data types that say nothing of good or bad
 
 
@@ -66,7 +67,6 @@ _score = msgspec.json.Decoder(Score)
 _list = msgspec.json.Decoder(list[Raw])
 _event = msgspec.json.Decoder(_Event)
 _ingestion = msgspec.json.Decoder(_Ingestion)
-_encode = msgspec.json.Encoder().encode
 
 
 async def create_scores(request: web.Request) -> web.Response:
@@ -77,20 +77,21 @@ async def create_scores(request: web.Request) -> web.Response:
     if not body.lstrip().startswith(b"["):
         score, given = take_score(body, None, parts)
         await write_feedback([] if given is None else [given], parts)
-        return _answer(200, {"id": score.id or f"feedback-{score.trace_id}"})
+        return answer(200, {"id": score.id or f"feedback-{score.trace_id or score.name}"})
     taken: list[FeedbackGiven] = []
     errors: list[dict[str, Any]] = []
     scores = _read(_list, body)
     async for _, raw in in_turns(scores):
         try:
             _, given = take_score(raw, None, parts)
-            taken += [] if given is None else [given]
+            if given is not None:
+                taken.append(given)
         except Refusal as exc:
             errors.append({"message": exc.error["message"]})
     await write_feedback(taken, parts)
     if not errors:
-        return _answer(202, {"message": "Accepted"})
-    return _answer(207, {"accepted": len(scores) - len(errors), "rejected": len(errors), "errors": errors})
+        return answer(202, {"message": "Accepted"})
+    return answer(207, {"accepted": len(scores) - len(errors), "rejected": len(errors), "errors": errors})
 
 
 async def delete_score(request: web.Request) -> web.Response:
@@ -98,15 +99,16 @@ async def delete_score(request: web.Request) -> web.Response:
     parts = request.app[PARTS]
     parts.check_key(request)
     score_id = request.match_info["score_id"]
-    match = _TRACE_AT_END.search(score_id)
-    trace_id = match.group() if match else parts.scored.get(score_id)
+    trace_id = parts.scored.get(score_id)
+    if trace_id is None and (match := _TRACE_AT_END.search(score_id)):
+        trace_id = match.group(1)
     if trace_id is None:
         raise Refusal(
             404, f"it is not known what the score {score_id[:120]!r} was on; expected an id with the trace id"
         )
     given = authorize(vote_on(trace_id, "retract"), Caller(has_key=True), parts)
     await write_feedback([given], parts)
-    return _answer(202, {"message": "the vote is taken back"})
+    return answer(202, {"message": "the vote is taken back"})
 
 
 async def ingest(request: web.Request) -> web.Response:
@@ -123,12 +125,13 @@ async def ingest(request: web.Request) -> web.Response:
             event_id = event.id
             if event.type == "score-create":
                 _, vote = take_score(event.body, event.id, parts)
-                given += [] if vote is None else [vote]
+                if vote is not None:
+                    given.append(vote)
             successes.append({"id": event_id, "status": 201})
         except Refusal as exc:
             errors.append({"id": event_id, "status": exc.status, "message": exc.error["message"]})
     await write_feedback(given, parts)
-    return _answer(207, {"successes": successes, "errors": errors})
+    return answer(207, {"successes": successes, "errors": errors})
 
 
 async def drop_traces(request: web.Request) -> web.Response:
@@ -204,7 +207,3 @@ def _read(decoder: msgspec.json.Decoder[Any], body: bytes | Raw) -> Any:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise Refusal(400, f"the body is not valid: {exc}", code="invalid_request") from exc
-
-
-def _answer(status: int, body: dict[str, Any]) -> web.Response:
-    return web.Response(body=_encode(body), status=status, content_type="application/json")

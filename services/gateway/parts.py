@@ -42,16 +42,16 @@ class Parts:
         self.rater_salt = settings.gateway.rater_salt.get_secret_value().encode()
         self.api_keys = [key.get_secret_value().encode() for key in settings.gateway.api_keys]
         secret = settings.gateway.token_secret
+        # Without a secret, tokens hold until the next start.
+        self.signer = TokenSigner(os.urandom(32) if secret is None else secret.get_secret_value().encode())
         self.langfuse = settings.langfuse
         gateway = settings.gateway
         weights = {"regenerate": gateway.regenerate_weight, "copy": gateway.copy_weight, "edit": gateway.edit_weight}
         self.implicit_weights = {source: weight for source, weight in weights.items() if weight is not None}
-        # Keys of responses with several choices, the last response to each prompt, and what scores were given on.
+        # The keys of responses with several choices, the last response to each prompt, what each score was on.
         self.with_choices: Recent[None] = Recent(_REMEMBERED)
         self.answered: Recent[str] = Recent(_REMEMBERED)
         self.scored: Recent[str] = Recent(_REMEMBERED)
-        # Without a secret, tokens hold until the next start.
-        self.signer = TokenSigner(os.urandom(32) if secret is None else secret.get_secret_value().encode())
 
     def has_key(self, request: web.Request) -> bool:
         """Whether the caller may do everything: it has a key, or there is none to have."""

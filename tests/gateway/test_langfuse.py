@@ -133,7 +133,12 @@ async def test_a_score_is_deleted_by_what_its_id_says_or_by_what_is_remembered(g
     score = {"traceId": RESPONSE_ID, "name": "user-feedback", "value": 1}
     _, made, _ = await gateway.post("/api/public/scores", score)
     await gateway.post("/api/public/scores", score | {"id": "of-the-app"})
-    assert [await delete(gateway, id) for id in (made["id"], "of-the-app", "never-seen")] == [202, 202, 404]
+    assert [await delete(gateway, id) for id in (made["id"], "of-the-app", "never-seen", trace_of("m"))] == [
+        202,
+        202,
+        404,
+        404,
+    ]
     assert votes_of(gateway) == [("up", RESPONSE_ID), ("up", RESPONSE_ID), *[("retract", RESPONSE_ID)] * 2]
 
 
