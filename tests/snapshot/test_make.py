@@ -16,12 +16,16 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
+from loop.log import NewRecord
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot import Snapshot, load_snapshot, make_snapshot
 from loop.snapshot.prompts import DistinctPrompts, asked, normal_words
 from loop.snapshot.split import unit_of
 from loop.store import open_store
+from loop.store.joining import apply
+from tests.join.traffic import START_MS, feedback, response, response_id
 from tests.snapshot.stored import NOW_MS, example, put
+from tests.store.joined import READER, batch_of
 
 SETTINGS = SnapshotSettings(held_out_share=0.2)
 
@@ -312,6 +316,19 @@ def test_a_correction_is_learnt_from_though_the_answer_is_not() -> None:
     vote = ("a", "down", 1.0, 1, "All of it.")
     made, train, _ = snapshot_of([example(1, finish_reason="length", votes=[vote])], train_settings())
     assert ([row["completion"][0]["content"] for row in train], made.steps["truncated"]) == (["All of it."], 1)
+
+
+def test_a_correction_comes_and_goes_with_its_vote(store: Engine, tmp_path: Path) -> None:
+    def labels(*events: NewRecord) -> dict[str, bool]:
+        apply(store, READER, batch_of(*events), {})
+        made = make_snapshot(store, train_settings(), out=tmp_path / f"of {len(events)}", now_ms=START_MS)
+        rows = pq.read_table(made.train_path).to_pylist()
+        return {row["completion"][0]["content"]: row["label"] for row in rows}
+
+    id, hlc = response_id("a" * 16, 1), START_MS << 16
+    vote = feedback("f", "down", hlc, response_id=id, correction="No.")
+    assert labels(response(id), vote) == {"Yes.": False, "No.": True}
+    assert labels(feedback("g", "retract", hlc + 1, response_id=id)) == {}
 
 
 @given(messy, st.data())
