@@ -20,8 +20,11 @@ RESPONSE_TYPE = "thumbwheel.response.logged.v1"
 FEEDBACK_TYPE = "thumbwheel.feedback.given.v1"
 # (?!\n): Python's $ alone lets a newline behind it pass.
 _RESPONSE_ID = re.compile(r"^(?:chatcmpl|cmpl)-([0-9a-f]{16})-[0-9a-f-]{36}$(?!\n)")
+_MESSAGE_DIGEST = re.compile(r"^sha256:([0-9a-f]{32})$(?!\n)")
 
 FeedbackValue = Literal["up", "down", "retract"]
+# What an app or the gateway concludes from what a user does: weak, and behind what the same rater says himself.
+IMPLICIT_SOURCES = frozenset({"regenerate", "copy", "edit"})
 # What the store keeps in columns is bounded here, so that an event which no store could hold breaks the contract.
 _NO_NUL = r"^[^\x00]*$"  # Postgres' text holds every character but this one
 Id = Annotated[str, msgspec.Meta(max_length=256, pattern=_NO_NUL)]
@@ -32,6 +35,7 @@ ShortName = Annotated[str, msgspec.Meta(max_length=64, pattern=_NO_NUL)]
 Arm = Annotated[str, msgspec.Meta(max_length=16, pattern=_NO_NUL)]
 Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 Stamp = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Text = Annotated[str, msgspec.Meta(pattern=_NO_NUL)]
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, lt=4_102_444_800_000)]  # until 2100
 
 
@@ -102,7 +106,8 @@ class FeedbackGiven(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tru
     """Hybrid logical clock of the gateway that took it: milliseconds << 16 | counter."""
     response_id: ResponseId | None = None
     message_id: Id | None = None
-    """The app's own message id, instead of a response_id: means the last response under it."""
+    """The app's own message id, or the form of `message_digest`, instead of a response_id: means the last
+    response under it."""
     choice_index: Index = 0
     rater: ShortName = ""
     """Keyed hash of the rater; empty where the app names none (then the response has one anonymous rater)."""
@@ -110,6 +115,8 @@ class FeedbackGiven(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tru
     source: ShortName = "explicit"
     comment: str | None = None
     reasons: list[str] = []
+    correction: Text | None = None
+    """The text that the rater would have wanted: an example of its own, desirable as long as this vote stands."""
 
 
 class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,9 +191,18 @@ def random_key() -> str:
     return os.urandom(8).hex()
 
 
+def message_digest(message_id: str) -> str:
+    """What tells message ids apart: the first 32 hex digits of the SHA-256, which some apps' trace ids are. Who has
+    nothing but those may write `sha256:<32 hex>` for the id itself.
+    """
+    if match := _MESSAGE_DIGEST.match(message_id):
+        return match.group(1)
+    return hashlib.sha256(message_id.encode()).hexdigest()[:32]
+
+
 def key_of_message_id(message_id: str) -> str:
     """The key of an app's own message id: the first 16 hex digits of its SHA-256."""
-    return hashlib.sha256(message_id.encode()).hexdigest()[:16]
+    return message_digest(message_id)[:16]
 
 
 def key_of_response_id(response_id: str) -> str:

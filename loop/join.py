@@ -5,9 +5,12 @@ The rule, whatever the order of arrival:
 - A response counts once, however often it is delivered; of several events under one response_id the earliest counts
   (started_at_ms, then event id).
 - Copies of one feedback_id (under one key) count once, at their earliest stamp (hlc, then event id).
-- A vote by message_id means the last response under that message id (started_at_ms, then response_id).
+- A vote by message_id means the last response under that message id (started_at_ms, then response_id). Message ids are
+  compared by their digest, which is all that some voters know.
 - Of one rater's votes on one choice of a response the last one counts (hlc, event id, feedback_id); `retract` takes
   the rater's vote away. Votes that name no rater are those of one anonymous rater.
+- What a rater says goes before what is concluded from what he does: a vote of an implicit source counts only where the
+  rater has given no other, not even a retraction. It is weighed, but it is no thumb: `up` and `down` leave it out.
 - A choice with at least one standing vote is an example; an aborted response makes none.
 """
 
@@ -20,19 +23,20 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from loop.events import (
+    IMPLICIT_SOURCES,
     EventError,
     FeedbackEvent,
     ResponseEvent,
     decode_feedback,
     decode_response,
-    key_of_message_id,
     key_of_response_id,
+    message_digest,
 )
 from loop.log import Record
 
 
 class Response(NamedTuple):
-    """What the join keeps of a response."""
+    """What the join keeps of a response. `message_id` is the digest of the app's."""
 
     response_id: str
     message_id: str | None
@@ -56,7 +60,7 @@ def _day(days_since_1970: int) -> str:
 
 
 class Vote(NamedTuple):
-    """What the join keeps of feedback. It names a response_id or a message_id, never both."""
+    """What the join keeps of feedback. It names a response_id or a message_id (its digest), never both."""
 
     key: str
     feedback_id: str
@@ -69,8 +73,14 @@ class Vote(NamedTuple):
     source: str
     hlc: int
     event_id: str
+    correction: str | None = None
     comment: str | None = None
     reasons: tuple[str, ...] = ()
+
+    @property
+    def is_thumb(self) -> bool:
+        """Whether the rater said it himself."""
+        return self.source not in IMPLICIT_SOURCES
 
 
 class Joined(NamedTuple):
@@ -144,8 +154,8 @@ def read_response(event: ResponseEvent) -> Response:
     if key_of_response_id(data.response_id) != event.partitionkey:
         raise EventError(f"partitionkey is {event.partitionkey!r}, expected the key in {data.response_id!r}")
     # A message id under another key can be no vote's target: those votes are in the partition of the id's own key.
-    message_id = data.message_id
-    if message_id is not None and key_of_message_id(message_id) != event.partitionkey:
+    message_id = None if data.message_id is None else message_digest(data.message_id)
+    if message_id is not None and not message_id.startswith(event.partitionkey):
         message_id = None
     return Response(data.response_id, message_id, data.started_at_ms, event.id)
 
@@ -153,14 +163,15 @@ def read_response(event: ResponseEvent) -> Response:
 def read_vote(event: FeedbackEvent) -> Vote:
     """The event as the join keeps it. Raises EventError where its keys do not agree."""
     data = event.data
-    key = key_of_response_id(data.response_id) if data.response_id else key_of_message_id(data.message_id or "")
+    message_id = None if data.response_id else message_digest(data.message_id or "")
+    key = key_of_response_id(data.response_id) if data.response_id else (message_id or "")[:16]
     if key != event.partitionkey:
         raise EventError(f"partitionkey is {event.partitionkey!r}, expected {key!r}, the key of what the vote is on")
     return Vote(
         key=key,
         feedback_id=data.feedback_id,
         response_id=data.response_id,
-        message_id=None if data.response_id else data.message_id,
+        message_id=message_id,
         choice_index=data.choice_index,
         rater=data.rater,
         value=data.value,
@@ -168,6 +179,7 @@ def read_vote(event: FeedbackEvent) -> Vote:
         source=data.source,
         hlc=data.hlc,
         event_id=event.id,
+        correction=data.correction,
         comment=data.comment,
         reasons=tuple(data.reasons),
     )
@@ -191,7 +203,7 @@ def last_response(responses: Iterable[Response]) -> Response:
 def join(response: Response, votes: Iterable[Vote], event: bytes) -> list[Joined]:
     """The examples of a response, given all votes that mean it. `event` is the response's own event."""
     last: dict[tuple[int, str], Vote] = {}
-    for vote in sorted(votes, key=lambda vote: (vote.hlc, vote.event_id, vote.feedback_id)):
+    for vote in sorted(votes, key=lambda vote: (vote.is_thumb, vote.hlc, vote.event_id, vote.feedback_id)):
         last[vote.choice_index, vote.rater] = vote
     standing: dict[int, list[Vote]] = {}
     for (choice_index, _), vote in sorted(last.items()):
@@ -212,14 +224,18 @@ def join(response: Response, votes: Iterable[Vote], event: bytes) -> list[Joined
             adapter=data.adapter,
             arm=data.arm,
             conversation_id=data.conversation_id,
-            votes=[
-                {"rater": v.rater, "value": v.value, "weight": v.weight, "source": v.source, "hlc": v.hlc} for v in on
-            ],
-            up=sum(vote.value == "up" for vote in on),
-            down=sum(vote.value == "down" for vote in on),
+            votes=[_standing(vote) for vote in on],
+            up=sum(vote.is_thumb and vote.value == "up" for vote in on),
+            down=sum(vote.is_thumb and vote.value == "down" for vote in on),
             voted_at_ms=max(vote.hlc for vote in on) >> 16,
             event=event,
         )
         for choice_index, on in standing.items()
         if choice_index in served
     ]
+
+
+def _standing(vote: Vote) -> dict[str, Any]:
+    """A vote as its example holds it."""
+    kept = {"rater": vote.rater, "value": vote.value, "weight": vote.weight, "source": vote.source, "hlc": vote.hlc}
+    return kept if vote.correction is None else kept | {"correction": vote.correction}

@@ -27,7 +27,8 @@ _ENVELOPE = {
 }
 _BEYOND = (
     "What a schema cannot say: `partitionkey`, which is the record's key too, is the 16 hex digits in `response_id`, "
-    "else the first 16 of the SHA-256 of `message_id`; an integer is written without a fraction (1, not 1.0)."
+    "else the first 16 of the SHA-256 of `message_id` (where that is `sha256:<32 hex>`, of those digits); an integer "
+    "is written without a fraction (1, not 1.0)."
 )
 _SAY_NOTHING = {"title", "description"}
 _HOLD_NAMES = {"properties", "$defs"}

@@ -19,6 +19,7 @@ ENVIRONMENT_PREFIX = "THUMBWHEEL_"
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
+ImplicitWeight = Annotated[float, Field(gt=0, le=1)]
 
 
 class SettingsError(ValueError):
@@ -89,6 +90,53 @@ class GatewaySettings(Section):
     """How often routes are read from the store."""
     drain_timeout_s: Seconds = 30.0
     """How long open streams may go on after SIGTERM."""
+    regenerate_weight: ImplicitWeight | None = None
+    """Weight of the vote against an answer that is asked for again in its conversation; none: no such votes."""
+    copy_weight: ImplicitWeight | None = None
+    """Weight of votes with the source `copy`: the app saw the answer copied; none: they are refused."""
+    edit_weight: ImplicitWeight | None = None
+    """Weight of votes with the source `edit`: the app saw an edit of the answer accepted; none: they are refused."""
+
+
+class LangfuseSettings(Section):
+    """Which of the scores that Langfuse clients send are thumbs, and which way they point."""
+
+    score_names: list[str] = ["user-feedback"]
+    """Names of scores that are thumbs; those of other names are accepted and dropped."""
+    up_from: Annotated[float, Field(ge=-1e9, le=1e9)] = 0.5
+    """Smallest numeric score that is a thumb up; boolean ones are what they are."""
+    down_below: Annotated[float, Field(ge=-1e9, le=1e9)] = 0.5
+    """Numeric scores below this are a thumb down; one between the two takes the vote back."""
+    up_words: list[str] = ["up", "thumbs_up", "positive", "good", "yes"]
+    """Categories that are a thumb up, in lower case."""
+    down_words: list[str] = ["down", "thumbs_down", "negative", "bad", "no"]
+    """Categories that are a thumb down, in lower case."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> LangfuseSettings:
+        if self.down_below > self.up_from:
+            raise ValueError(
+                f"langfuse.down_below is {self.down_below}, above langfuse.up_from = {self.up_from}: a score "
+                "between them would be both; expected at most as much"
+            )
+        return self
+
+
+class OpenWebuiSettings(Section):
+    """The Open WebUI whose users' ratings become votes."""
+
+    url: str | None = None
+    """Its address; none: there is none to read."""
+    token: SecretStr | None = None
+    """API key of one of its admins."""
+    gateway_url: str = "http://127.0.0.1:8080"
+    """Address of the gateway that the votes are given to."""
+    api_key: SecretStr | None = None
+    """Key that the gateway expects, where it expects one."""
+    poll_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    """Time between two looks at the ratings."""
+    state: Path = Path("var/open-webui.json")
+    """File that says how far they were read."""
 
 
 class LogSettings(Section):
@@ -359,6 +407,8 @@ class Settings(Section):
 
     engine: EngineSettings = EngineSettings()
     gateway: GatewaySettings = GatewaySettings()
+    langfuse: LangfuseSettings = LangfuseSettings()
+    open_webui: OpenWebuiSettings = OpenWebuiSettings()
     log: LogSettings = LogSettings()
     store: StoreSettings = StoreSettings()
     joiner: JoinerSettings = JoinerSettings()

@@ -118,6 +118,17 @@ def console_pages(settings: SettingsFile = None) -> None:
     serve(_settings(settings))
 
 
+@app.command(name="open-webui")
+def open_webui(
+    settings: SettingsFile = None, once: Annotated[bool, typer.Option("--once", help="Look once, then end.")] = False
+) -> None:
+    """Vote with the ratings that Open WebUI keeps, as they come."""
+    from services.open_webui import run_open_webui
+
+    section = _settings(settings).open_webui
+    _until_terminated(lambda stop: _print_json(run_open_webui(section, stop, once=once)))
+
+
 # --- data, training, scoring -----------------------------------------------------------------------------------------
 
 

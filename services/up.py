@@ -82,9 +82,9 @@ def engine_command(settings: Settings) -> list[str]:
 def children(settings: Settings, settings_path: Path | None, log_dir: Path) -> list[Child]:
     """The processes, in the order in which they start; they end in the reverse one."""
     named = [] if settings_path is None else ["--settings", str(settings_path)]
+    parts = ["joiner", "gateway", "scheduler", "console", *(["open-webui"] if settings.open_webui.url else [])]
     found = [
-        Child(part, [sys.executable, "-m", "services.cli", part, *named], log_dir / f"{part}.log")
-        for part in ("joiner", "gateway", "scheduler", "console")
+        Child(part, [sys.executable, "-m", "services.cli", part, *named], log_dir / f"{part}.log") for part in parts
     ]
     if settings.engine.start:
         found.insert(0, Child("engine", engine_command(settings), log_dir / "engine.log"))

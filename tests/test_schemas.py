@@ -84,6 +84,7 @@ FULL = {
             source="implicit",
             comment="kind",
             reasons=["tone"],
+            correction="No.",
         )
     ),
 }

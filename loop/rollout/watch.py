@@ -87,7 +87,7 @@ def thumbs(fleet: Fleet, version: str | None, since_ms: int) -> Thumbs:
     name = fleet.engine.base_name if version is None else fleet.name(version)
     query = (
         select(examples.c.conversation_id, examples.c.response_id, examples.c.up, examples.c.down)
-        .where(examples.c.adapter == name, examples.c.voted_at_ms >= since_ms)
+        .where(examples.c.adapter == name, examples.c.voted_at_ms >= since_ms, examples.c.up + examples.c.down > 0)
         .order_by(examples.c.voted_at_ms, examples.c.response_id)
     )
     with fleet.store.connect() as connection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from loop.events import IMPLICIT_SOURCES, ResponseLogged
 from loop.settings import SnapshotSettings
 from loop.snapshot.prompts import message_text
 
@@ -40,6 +41,8 @@ class Vote(msgspec.Struct, frozen=True, array_like=True):
     up: bool
     weight: float
     hlc: int
+    thumb: bool = True
+    """Whether the rater said it himself: then it goes before what was concluded from what he did."""
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -69,15 +72,20 @@ class Label:
     """Stamp of that vote."""
 
 
-def to_row(example: Example, settings: SnapshotSettings) -> Row | str:
-    """The example as a row, or the name of the step that drops it."""
+def to_rows(example: Example, settings: SnapshotSettings) -> Iterator[Row | str]:
+    """The served answer and the raters' corrections, each as a row or the name of the step that drops it."""
+    served = _served(example, settings)
+    yield served
+    known = None if isinstance(served, str) else served.answer
+    for vote in example.votes:
+        if vote.get("correction") not in (None, known):
+            yield _corrected(example, vote, settings)
+
+
+def _served(example: Example, settings: SnapshotSettings) -> Row | str:
     body, example_id = example.body, f"{example.response_id}/{example.choice_index}"
     choice = next((c for c in body.choices if c.index == example.choice_index), None)
-    votes = [
-        Vote(v["rater"] or example_id, bool(v["rater"]), v["value"] == "up", float(v["weight"]), int(v["hlc"]))
-        for v in example.votes
-        if v["weight"] > 0
-    ]
+    votes = [_vote(vote, example_id, is_up=vote["value"] == "up") for vote in example.votes if vote["weight"] > 0]
     if not votes:
         return "unlabelled"
     if body.aborted or (choice is not None and choice.finish_reason in ("abort", "error")):
@@ -90,7 +98,7 @@ def to_row(example: Example, settings: SnapshotSettings) -> Row | str:
     served = bool(body.prompt_token_ids and choice.token_ids)
     if not served and not settings.allow_untokenized:
         return "untokenized"
-    prompt = body.messages if body.messages is not None else [{"role": "user", "content": body.prompt or ""}]
+    prompt = _prompt(body)
     if not served and not all(map(_is_text, [*prompt, choice.message])):
         return "untemplated"
     tokens = len(body.prompt_token_ids or ()) + len(choice.token_ids or ()) if served else 0
@@ -98,7 +106,7 @@ def to_row(example: Example, settings: SnapshotSettings) -> Row | str:
         return "too_long"
     return Row(
         example_id=example_id,
-        messages=[(str(m.get("role", "user")), message_text(m.get("content")) or "") for m in prompt],
+        messages=_texts(prompt),
         answer=answer or "",
         prompt_ids=body.prompt_token_ids if served else None,
         completion_ids=choice.token_ids if served else None,
@@ -109,12 +117,53 @@ def to_row(example: Example, settings: SnapshotSettings) -> Row | str:
     )
 
 
+def _corrected(example: Example, vote: dict[str, Any], settings: SnapshotSettings) -> Row | str:
+    """One rater's correction: nobody sampled it, so it has no token ids; desirable, whatever the rater thinks of the
+    answer that it corrects.
+    """
+    body, text = example.body, vote["correction"]
+    if not vote["weight"] > 0:
+        return "unlabelled"
+    if not text.strip():
+        return "empty"
+    if not settings.allow_untokenized:
+        return "untokenized"
+    prompt = _prompt(body)
+    if (body.messages is None and body.prompt is None) or not all(map(_is_text, prompt)):
+        return "untemplated"
+    example_id = f"{example.response_id}/{example.choice_index}/correction/{vote['rater']}"
+    return Row(
+        example_id=example_id,
+        messages=_texts(prompt),
+        answer=text,
+        prompt_ids=None,
+        completion_ids=None,
+        votes=[_vote(vote, example_id, is_up=True)],
+        conversation_id=example.conversation_id or example.response_id,
+        adapter=example.adapter,
+    )
+
+
+def _vote(vote: dict[str, Any], example_id: str, *, is_up: bool) -> Vote:
+    who, is_thumb = vote["rater"], vote["source"] not in IMPLICIT_SOURCES
+    return Vote(who or example_id, bool(who), is_up, float(vote["weight"]), int(vote["hlc"]), is_thumb)
+
+
+def _prompt(body: ResponseLogged) -> list[dict[str, Any]]:
+    return body.messages if body.messages is not None else [{"role": "user", "content": body.prompt or ""}]
+
+
+def _texts(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(str(m.get("role", "user")), message_text(m.get("content")) or "") for m in messages]
+
+
 def _is_text(message: dict[str, Any]) -> bool:
     return message_text(message.get("content")) is not None and not message.get("tool_calls")
 
 
 def settle(votes: Iterable[Vote], rule: Literal["drop", "majority"]) -> Label | None:
-    """The label that votes come to, the last one of each rater counting; None where they do not come to one.
+    """The label that votes come to, the last one of each rater counting, and a thumb
+    before what was only concluded; None where they do not come to one.
 
     A tie is never a label. Weights decide the majority: a vote of weight 0.2 is a fifth of a vote.
     """
@@ -122,7 +171,7 @@ def settle(votes: Iterable[Vote], rule: Literal["drop", "majority"]) -> Label | 
     for vote in votes:
         known = last.get(vote.who)
         # At one stamp a down-vote wins, so that the order of arrival does not decide.
-        if known is None or (vote.hlc, not vote.up) > (known.hlc, not known.up):
+        if known is None or (vote.thumb, vote.hlc, not vote.up) > (known.thumb, known.hlc, not known.up):
             last[vote.who] = vote
     standing = sorted(last.values(), key=lambda vote: (vote.hlc, vote.who))
     up = sum(vote.weight for vote in standing if vote.up)

@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 
 from loop.settings import SnapshotSettings
 from loop.snapshot.balance import class_weights
-from loop.snapshot.curate import STEPS, Label, newest_within, settle, to_row
+from loop.snapshot.curate import STEPS, Label, newest_within, settle, to_rows
 from loop.snapshot.split import Known, decide, decide_clusters, keep, load_known
 from loop.snapshot.spool import Columns, Spool
 from loop.snapshot.write import FORMAT, HELD_OUT, MANIFEST, TRAIN, identify, publish, record, write_rows
@@ -131,15 +131,15 @@ def _that_matter(settings: SnapshotSettings) -> dict[str, Any]:
 
 
 def _collect(examples: Iterable[Example], spool: Spool, settings: SnapshotSettings, steps: dict[str, int]) -> int:
-    """Spool what passes the steps that look at one example; returns how many there were."""
+    """Spool what passes the steps that look at one row; returns how many there were, corrections among them."""
     read = 0
     for example in examples:
-        read += 1
-        row = to_row(example, settings)
-        if isinstance(row, str):
-            steps[row] += 1
-        else:
-            spool.add(row, settle(row.votes, settings.disagreement), example.day.toordinal())
+        for row in to_rows(example, settings):
+            read += 1
+            if isinstance(row, str):
+                steps[row] += 1
+            else:
+                spool.add(row, settle(row.votes, settings.disagreement), example.day.toordinal())
     return read
 
 

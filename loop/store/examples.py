@@ -17,7 +17,7 @@ from loop.store.schema import examples
 @dataclass(frozen=True)
 class Example:
     """One example. `votes` has one entry for each rater whose last vote stands, sorted by rater:
-    {"rater", "value": "up" | "down", "weight", "source", "hlc"}.
+    {"rater", "value": "up" | "down", "weight", "source", "hlc", "correction" (where there is one)}.
     """
 
     response_id: str
@@ -65,7 +65,7 @@ def stream_examples(engine: Engine, since_day: date, *, page_rows: int = 1_000) 
 
 
 def count_labels(engine: Engine, since_day: date) -> int:
-    """How many examples from `since_day` on have a label: more votes of one value than of the other."""
+    """How many examples from `since_day` on have a label: more thumbs of one value than of the other."""
     query = select(func.count()).where(examples.c.day >= since_day, examples.c.up != examples.c.down)
     with engine.connect() as connection:
         return int(connection.execute(query).scalar_one())

@@ -35,7 +35,9 @@ from loop.store.schema import IS_PENDING, dead_letters, examples, positions, res
 
 logger = logging.getLogger(__name__)
 
-_VOTE = "key, feedback_id, response_id, message_id, choice_index, rater, value, weight, source, hlc, event_id"
+_VOTE = (
+    "key, feedback_id, response_id, message_id, choice_index, rater, value, weight, source, hlc, event_id, correction"
+)
 
 
 class PositionMovedError(RuntimeError):
@@ -193,7 +195,7 @@ def _add_votes(bulk: Bulk, arrived: Mapping[tuple[str, str], Vote]) -> tuple[lis
     changed = [vote for id, vote in arrived.items() if id not in known or is_earlier_copy(vote, known[id])]
     displaced = [known[id] for id in ((vote.key, vote.feedback_id) for vote in changed) if id in known]
     # All are pending until what they mean has been looked for.
-    bulk.upsert(votes, [(*vote[:11], _detail(vote), True) for vote in changed])
+    bulk.upsert(votes, [(*vote[:11], _detail(vote), True, vote.correction) for vote in changed])
     return changed, displaced
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 
 # Of `migrations/versions`; to be raised with every change below.
-REVISION = "0002"
+REVISION = "0003"
 
 metadata = MetaData()
 Json = JSON().with_variant(postgresql.JSONB(), "postgresql")
@@ -50,7 +50,7 @@ response_index = Table(
     "response_index",
     metadata,
     Column("turned_id", ResponseId, primary_key=True),
-    Column("message_id", String(256)),
+    Column("message_id", String(256)),  # as `loop.events.message_digest` has it; so in `votes`
     Column("started_at_ms", BigInteger, nullable=False),
     Column("event_id", String(256), nullable=False),
     Index(
@@ -82,6 +82,7 @@ votes = Table(
     Column("event_id", String(256), nullable=False),
     Column("detail", Json, nullable=False),
     Column("pending", Boolean, nullable=False),
+    Column("correction", String),
     Index("votes_response", "response_id"),
     Index("votes_message", "message_id"),
     Index("votes_pending", "hlc", sqlite_where=IS_PENDING, postgresql_where=IS_PENDING),
@@ -100,7 +101,8 @@ examples = Table(
     Column("conversation_id", String(256)),
     Column("up", Integer, nullable=False),
     Column("down", Integer, nullable=False),
-    # [{"rater", "value": "up" | "down", "weight", "source", "hlc"}], one for each rater whose last vote stands
+    # [{"rater", "value": "up" | "down", "weight", "source", "hlc", "correction"?}], one for each rater whose last vote
+    # stands; `up` and `down` count those of them that are thumbs
     Column("votes", Json, nullable=False),
     Column("voted_at_ms", BigInteger, nullable=False),
     Column("body", Bytes, nullable=False),

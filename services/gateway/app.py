@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 
 import uvloop
 from aiohttp import web
@@ -19,6 +20,7 @@ from services.gateway.engines import Engines
 from services.gateway.errors import Refusal
 from services.gateway.feedback import feedback
 from services.gateway.forward import forwarding
+from services.gateway.langfuse import create_scores, delete_score, drop_traces, ingest
 from services.gateway.parts import PARTS, Parts
 from services.gateway.proxy import chat_completions, completions, models, not_served, pass_through
 from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
@@ -27,6 +29,7 @@ from services.gateway.spool import CLOCK, Spool
 
 _CANCEL_S = 1.0  # for handlers that were cancelled at the end of the drain
 _PREFLIGHT_AGE_S = "600"
+_THUMBS = (Path(__file__).parent / "static" / "thumbs.js").read_bytes()
 
 
 def create_app(settings: Settings) -> web.Application:
@@ -44,6 +47,11 @@ def create_app(settings: Settings) -> web.Application:
             web.post("/tokenize", pass_through),
             web.post("/detokenize", pass_through),
             web.post("/v1/feedback", feedback),
+            web.post("/api/public/scores", create_scores),
+            web.delete("/api/public/scores/{score_id}", delete_score),
+            web.post("/api/public/ingestion", ingest),
+            web.post("/api/public/otel/v1/traces", drop_traces),
+            web.get("/thumbs.js", thumbs),
             web.get("/healthz", healthz),
             web.options("/{path:.*}", preflight),
             web.route("*", "/{path:.*}", not_served),
@@ -76,6 +84,12 @@ def create_metrics_app(public: web.Application) -> web.Application:
 async def healthz(_: web.Request) -> web.Response:
     """GET /healthz: the process is there."""
     return web.json_response({"status": "ok"})
+
+
+async def thumbs(_: web.Request) -> web.Response:
+    """GET /thumbs.js: adds thumbs to a web page, which vote with a response's own token."""
+    headers = {"Cache-Control": "public, max-age=3600"}
+    return web.Response(body=_THUMBS, content_type="text/javascript", charset="utf-8", headers=headers)
 
 
 async def preflight(request: web.Request) -> web.Response:

@@ -7,7 +7,7 @@ and `return_token_ids`, and the log gets the messages as they came.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,11 @@ from services.gateway.errors import Refusal
 Endpoint = Literal["chat", "completions"]
 
 MAX_ID_CHARS = 256
+# What apps may call their ids in headers: our names, and Open WebUI's (ENABLE_FORWARD_USER_INFO_HEADERS).
+_CONVERSATION = ("X-Thumbwheel-Conversation-Id", "X-OpenWebUI-Chat-Id")
+_MESSAGE = ("X-Thumbwheel-Message-Id", "X-OpenWebUI-Message-Id")
+_TASK = ("X-Thumbwheel-Task", "X-OpenWebUI-Task")
+_USER = ("X-OpenWebUI-User-Id",)
 _HASHED_BYTES = 65_536  # of a first turn; images inside of it may have megabytes
 _TRUE = Raw(b"true")
 # Everything else in a body is a sampling parameter as far as the log is concerned.
@@ -64,6 +69,9 @@ class Ask:
     wants_token_ids: bool
     is_captured: bool
     size: int
+    choices: int = 1
+    is_conversation_named: bool = False
+    """Whether the app named its conversation, so that it is nobody else's."""
     trace: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
 
@@ -80,21 +88,23 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
     fields = read_fields(body)
     metadata = _value(fields, "metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
-    user = _value(fields, "user")
+    user = _value(fields, "user") or _header(headers, _USER)
     rater = hash_rater(rater_salt, user) if isinstance(user, str) else ""
-    conversation_id = _id(
-        headers.get("X-Thumbwheel-Conversation-Id") or metadata.get("conversation_id"), "conversation"
-    )
+    conversation_id = _id(_header(headers, _CONVERSATION) or metadata.get("conversation_id"), "conversation")
+    is_task = bool(_header(headers, _TASK) or metadata.get("task"))  # a title, tags: nobody sees it, nobody votes on it
+    choices = _value(fields, "n")
     return Ask(
         endpoint=endpoint,
         fields=fields,
         model=read_model(fields),
         conversation_id=conversation_id or rater or _first_turn(fields),
         rater=rater or None,
-        message_id=_id(headers.get("X-Thumbwheel-Message-Id") or metadata.get("message_id"), "message"),
+        message_id=_id(_header(headers, _MESSAGE) or metadata.get("message_id"), "message"),
         wants_token_ids=bool(_value(fields, "return_token_ids")),
-        is_captured=_is_capturable(fields),
+        is_captured=not is_task and _is_capturable(fields),
         size=len(body),
+        is_conversation_named=conversation_id is not None,
+        choices=choices if isinstance(choices, int) else 1,
         trace=headers.get("traceparent"),
         params={name: value for name, value in fields.items() if name not in _NOT_PARAMS},
     )
@@ -125,6 +135,14 @@ def _value(fields: Mapping[str, Raw], name: str) -> Any:
         return _anything.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
+
+
+def _header(headers: Mapping[str, str], names: Iterable[str]) -> str | None:
+    """The first of the headers that says something; an app's placeholder that it did not fill in says nothing."""
+    for name in names:
+        if (value := headers.get(name)) and "{{" not in value:
+            return value
+    return None
 
 
 def _id(value: Any, what: str) -> str | None:

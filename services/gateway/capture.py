@@ -28,6 +28,8 @@ class Exchange:
     started_s: float
     """Of the monotonic clock, as `first_byte_s`."""
     first_byte_s: float | None = None
+    prompt_key: str | None = None
+    """By which the same prompt is known again, where that is of interest."""
     arm: str = ""
     adapter: str = ""
     generation: int = 0

@@ -16,9 +16,9 @@ class Refusal(web.HTTPException):
     ) -> None:
         self.status_code = status
         kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
-        error = {"message": message, "type": kind, "param": param, "code": code}
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
         super().__init__(
-            text=msgspec.json.encode({"error": error}).decode(),
+            text=msgspec.json.encode({"error": self.error}).decode(),
             content_type="application/json",
             headers={"Retry-After": str(retry_after_s)} if retry_after_s else None,
         )

@@ -1,23 +1,37 @@
-"""POST /v1/feedback: one thumb. `202` means that it is on disk.
+"""POST /v1/feedback: one thumb, or up to 1,000 of them. `202` means that it is on disk.
 
 A vote names its response by `response_id`, by the app's own `message_id`, or by the signed token alone; its key is in
 each of them, so nothing is looked up and a thumb may be here before its response. A vote without `feedback_id` gets a
 random one: the rater's last vote wins anyway, so sending it twice changes nothing, while an id made from the vote's
 content would take the second `up` of up, down, up for a copy of the first.
+
+`{"items": [vote, …]}` is answered 207 with `{"items": [result, …]}`: for each vote, in order, what it would have been
+answered alone, its `status` inside. Those with 202 went to disk with one fsync; where that fails, all of it is a 503.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, cast
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 from aiohttp import web
-from msgspec import Meta
+from msgspec import Meta, Raw
 
 from loop import metrics
-from loop.events import FeedbackGiven, FeedbackValue, encode, hash_rater, key_of_message_id, key_of_response_id, uuid7
+from loop.events import (
+    IMPLICIT_SOURCES,
+    FeedbackGiven,
+    FeedbackValue,
+    encode,
+    hash_rater,
+    key_of_message_id,
+    key_of_response_id,
+    uuid7,
+)
 from loop.log import NewRecord
 from services.gateway.asks import MAX_ID_CHARS
 from services.gateway.errors import Refusal, read_body
@@ -25,12 +39,18 @@ from services.gateway.parts import PARTS, Parts
 from services.gateway.relay import FEEDBACK_TOKEN
 
 MAX_BYTES = 64 * 1024
+MAX_ITEMS = 1_000
+MAX_BATCH_BYTES = 8 * 1024 * 1024
 WRITE_TIMEOUT_S = 5.0
 VALUES = ("up", "down", "retract")
+_ITEMS_AT_ONCE = 50
 
-_Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS, pattern=r"^[^\x00-\x1f\x7f]+$")]
-_OwnId = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
-_Text = Annotated[str, Meta(max_length=10_000, pattern=r"^[^\x00]*$")]
+T = TypeVar("T")
+
+Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS, pattern=r"^[^\x00-\x1f\x7f]+$")]
+OwnId = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Comment = Annotated[str, Meta(max_length=10_000, pattern=r"^[^\x00]*$")]
+_Correction = Annotated[str, Meta(min_length=1, max_length=32_768, pattern=r"^[^\x00]*$")]
 _Word = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
@@ -38,48 +58,97 @@ class Vote(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """The body, as the app sends it."""
 
     value: str
-    response_id: _Id | None = None
-    message_id: _Id | None = None
-    choice_index: Annotated[int, Meta(ge=0, le=1023)] = 0
-    rater: _Id | None = None
-    comment: _Text | None = None
+    response_id: Id | None = None
+    message_id: Id | None = None
+    choice_index: Annotated[int, Meta(ge=0, le=1023)] | None = None
+    rater: Id | None = None
+    comment: Comment | None = None
     reasons: Annotated[list[_Word], Meta(max_length=32)] = []
+    correction: _Correction | None = None
     weight: Annotated[float, Meta(gt=0, le=100)] | None = None
     source: _Word | None = None
-    feedback_id: _OwnId | None = None
+    feedback_id: OwnId | None = None
     token: str | None = None
 
 
+class _Batch(msgspec.Struct, forbid_unknown_fields=True):
+    items: Annotated[list[Raw], Meta(min_length=1, max_length=MAX_ITEMS)]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who votes: with an API key, or with a response's token."""
+
+    has_key: bool
+    token: str | None = None
+    idempotency_key: str | None = None
+
+
+_fields = msgspec.json.Decoder(dict[str, Raw])
+_batch = msgspec.json.Decoder(_Batch)
 _vote = msgspec.json.Decoder(Vote)
 
 
 async def feedback(request: web.Request) -> web.Response:
     """POST /v1/feedback"""
     parts = request.app[PARTS]
-    value = "invalid"
-    status = 499
+    caller = Caller(parts.has_key(request), request.headers.get(FEEDBACK_TOKEN), request.headers.get("Idempotency-Key"))
     try:
-        vote = read_vote(await read_body(request, MAX_BYTES), request.headers.get("Idempotency-Key"))
-        value = vote.value
-        given = authorize(vote, request.headers.get(FEEDBACK_TOKEN), parts.has_key(request), parts)
-        await _write(given, parts)
-        status = 202
-    except web.HTTPException as exc:
-        status = exc.status
+        body = await read_body(request, MAX_BATCH_BYTES if caller.has_key else MAX_BYTES)
+        items, is_batch = read_items(body)
+    except Refusal as exc:
+        count_refused(exc)
         raise
-    finally:
-        metrics.gateway_feedback.labels(value, str(status)).inc()
-    body = {"feedback_id": given.feedback_id, "status": "accepted"}
-    body["response_id" if given.response_id else "message_id"] = given.response_id or given.message_id or ""
-    return web.Response(body=msgspec.json.encode(body), status=202, content_type="application/json")
+    results: list[FeedbackGiven | Refusal] = []
+    async for number, item in in_turns(items):
+        feedback_id = f"{caller.idempotency_key}/{number}" if is_batch and caller.idempotency_key else None
+        results.append(_take(item, feedback_id or caller.idempotency_key, caller, parts))
+    await write_feedback([given for given in results if isinstance(given, FeedbackGiven)], parts)
+    if is_batch:
+        return answer(207, {"items": [_result(result) for result in results]})
+    (result,) = results
+    if isinstance(result, Refusal):
+        raise result
+    return answer(202, _result(result) | {"status": "accepted"})
 
 
-def read_vote(body: bytes, idempotency_key: str | None) -> Vote:
-    """The vote. Raises Refusal 400 for what is no JSON, 422 for what is no vote."""
+async def in_turns(items: Iterable[T]) -> AsyncIterator[tuple[int, T]]:
+    """The items with their numbers; now and then the chat's requests get their turn on the event loop."""
+    for number, item in enumerate(items, 1):
+        yield number - 1, item
+        if number % _ITEMS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+
+
+def read_items(body: bytes) -> tuple[Sequence[bytes | Raw], bool]:
+    """The votes, each to be read by itself, and whether the body was a batch. Raises Refusal 400, 413 or 422."""
+    try:
+        if "items" in _fields.decode(body):
+            return _batch.decode(body).items, True
+    except msgspec.ValidationError as exc:
+        raise Refusal(422, f"the votes are not valid: {exc}", code="invalid_feedback") from exc
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise Refusal(400, f"the body is not JSON: {exc}", code="invalid_json") from exc
+    if len(body) > MAX_BYTES:
+        raise Refusal(413, f"the vote is larger than {MAX_BYTES} bytes, which is the most that is taken here")
+    return [body], False
+
+
+def _take(item: bytes | Raw, feedback_id: str | None, caller: Caller, parts: Parts) -> FeedbackGiven | Refusal:
+    """One vote of the call, or why it is none; counted where it is none."""
+    try:
+        return authorize(read_vote(item, feedback_id), caller, parts)
+    except Refusal as exc:
+        count_refused(exc)
+        return exc
+
+
+def read_vote(body: bytes | Raw, feedback_id: str | None) -> Vote:
+    """The vote; `feedback_id` is for one that brings none. Raises Refusal 400 for what is no JSON, 422 for no vote."""
     try:
         vote = _vote.decode(body)
-        if vote.feedback_id is None and idempotency_key:
-            vote.feedback_id = msgspec.convert(idempotency_key, _OwnId)
+        if vote.feedback_id is None and feedback_id:
+            vote.feedback_id = msgspec.convert(feedback_id, OwnId)
     except msgspec.ValidationError as exc:
         raise Refusal(422, f"the vote is not valid: {exc}", code="invalid_feedback") from exc
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
@@ -90,14 +159,14 @@ def read_vote(body: bytes, idempotency_key: str | None) -> Vote:
     return vote
 
 
-def authorize(vote: Vote, header_token: str | None, has_key: bool, parts: Parts) -> FeedbackGiven:
+def authorize(vote: Vote, caller: Caller, parts: Parts) -> FeedbackGiven:
     """The vote as its caller may give it: anything with an API key, one's own thumb with a token.
 
     Raises Refusal 401, 403 or 422.
     """
-    token = vote.token or header_token
+    token = vote.token or caller.token
     if token is None:
-        if not has_key:
+        if not caller.has_key:
             raise Refusal(401, f"no API key and no feedback token; send one of them ({FEEDBACK_TOKEN})")
         return _given(vote, vote.response_id, hash_rater(parts.rater_salt, vote.rater or ""), parts)
     try:
@@ -105,8 +174,8 @@ def authorize(vote: Vote, header_token: str | None, has_key: bool, parts: Parts)
     except ValueError as exc:
         raise Refusal(401, str(exc), param="token", code="invalid_token") from exc
     _check_bound(vote, claim.response_id)
-    if not has_key:
-        for name in ("rater", "weight", "source"):
+    if not caller.has_key:
+        for name in ("rater", "weight", "source", "correction"):
             if getattr(vote, name) is not None:
                 raise Refusal(403, f"a feedback token does not permit {name!r}; an API key does", param=name)
         if vote.feedback_id is not None:  # a browser's ids are its own: they never take another caller's
@@ -124,31 +193,63 @@ def _check_bound(vote: Vote, response_id: str) -> None:
 
 
 def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> FeedbackGiven:
-    """The event's data, stamped. Raises Refusal 422 where the vote names no response that can be."""
+    """The event's data, stamped. Raises Refusal 422 where the vote names no response that can be, or no choice of
+    several, or a source that is off.
+    """
     if response_id is None and vote.message_id is None:
         raise Refusal(422, "the vote names no response; give response_id, message_id or token", param="response_id")
-    if response_id is not None:
-        try:
-            key_of_response_id(response_id)
-        except ValueError as exc:
-            raise Refusal(422, str(exc), param="response_id") from exc
+    try:
+        key = key_of_response_id(response_id) if response_id is not None else key_of_message_id(vote.message_id or "")
+    except ValueError as exc:
+        raise Refusal(422, str(exc), param="response_id") from exc
+    if vote.choice_index is None and key in parts.with_choices:
+        raise Refusal(422, "the response has several choices; say which one: choice_index", param="choice_index")
+    source = vote.source or "explicit"
+    weight = parts.implicit_weights.get(source, 0.0) if source in IMPLICIT_SOURCES else 1.0
+    if not weight:
+        raise Refusal(
+            422,
+            f"votes of the source {source!r} are not taken; the setting gateway.{source}_weight switches them on",
+            param="source",
+            code="source_off",
+        )
     return FeedbackGiven(
         feedback_id=vote.feedback_id or uuid7(int(time.time() * 1000)),
         value=cast(FeedbackValue, vote.value),
         hlc=parts.stamp(),
         response_id=response_id,
         message_id=vote.message_id if response_id is None else None,
-        choice_index=vote.choice_index,
+        choice_index=vote.choice_index or 0,
         rater=rater,
-        weight=1.0 if vote.weight is None else vote.weight,
-        source=vote.source or "explicit",
+        weight=weight if vote.weight is None else vote.weight,
+        source=source,
         comment=vote.comment,
         reasons=vote.reasons,
+        correction=vote.correction,
     )
 
 
-async def _write(given: FeedbackGiven, parts: Parts) -> None:
-    """Raises Refusal 503 where the vote is not known to be on disk."""
+async def write_feedback(given: Sequence[FeedbackGiven], parts: Parts) -> None:
+    """Write votes, in the order of their stamps, and count them. Raises Refusal 503 where they may not be on disk."""
+    if not given:
+        return
+    status = 499
+    try:
+        written = parts.spool.put_feedback([feedback_record(vote, parts) for vote in given], given[-1].hlc)
+        try:
+            is_on_disk = await asyncio.wait_for(written, WRITE_TIMEOUT_S)
+        except TimeoutError:
+            is_on_disk = False
+        status = 202 if is_on_disk else 503
+    finally:
+        for vote in given:
+            metrics.gateway_feedback.labels(vote.value, str(status)).inc()
+    if status == 503:
+        raise Refusal(503, "the feedback could not be written; send it again", code="not_written", retry_after_s=1)
+
+
+def feedback_record(given: FeedbackGiven, parts: Parts) -> NewRecord:
+    """The record of a vote."""
     now_ms = int(time.time() * 1000)
     key = (
         key_of_message_id(given.message_id or "")
@@ -156,10 +257,21 @@ async def _write(given: FeedbackGiven, parts: Parts) -> None:
         else key_of_response_id(given.response_id)
     )
     value = encode(given, event_id=uuid7(now_ms), key=key, source=parts.source, now_ms=now_ms)
-    written = parts.spool.put_feedback(NewRecord(parts.feedback_topic, key, value), given.hlc)
-    try:
-        is_on_disk = await asyncio.wait_for(written, WRITE_TIMEOUT_S)
-    except TimeoutError:
-        is_on_disk = False
-    if not is_on_disk:
-        raise Refusal(503, "the feedback could not be written; send it again", code="not_written", retry_after_s=1)
+    return NewRecord(parts.feedback_topic, key, value)
+
+
+def count_refused(exc: Refusal) -> None:
+    """Count what was no vote."""
+    metrics.gateway_feedback.labels("invalid", str(exc.status)).inc()
+
+
+def _result(result: FeedbackGiven | Refusal) -> dict[str, Any]:
+    if isinstance(result, Refusal):
+        return {"status": result.status, "error": result.error}
+    target = {"response_id": result.response_id} if result.response_id else {"message_id": result.message_id}
+    return {"status": 202, "feedback_id": result.feedback_id, **target}
+
+
+def answer(status: int, body: dict[str, Any]) -> web.Response:
+    """The body as JSON."""
+    return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")

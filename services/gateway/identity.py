@@ -7,7 +7,7 @@ browser may hold it: it only permits a vote on that response, as that rater, unt
 from __future__ import annotations
 
 import hmac
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import b64decode, urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -22,12 +22,25 @@ class Claim(NamedTuple):
 
 
 def is_key_known(keys: Iterable[bytes], authorization: str | None) -> bool:
-    """Whether `Authorization: Bearer <key>` holds a known key; takes as long for a wrong one as for the right one."""
-    given = (authorization or "").encode()
+    """Whether `Authorization: Bearer <key>`, or `Basic` with it as the password, holds a known key; takes as long for a
+    wrong one as for the right one.
+    """
+    given = presented_key(authorization or "")
     known = False
     for key in keys:
-        known |= hmac.compare_digest(b"Bearer " + key, given)
+        known |= hmac.compare_digest(key, given)
     return known
+
+
+def presented_key(authorization: str) -> bytes:
+    """The key in the header; empty where there is none. The user's name of `Basic` says nothing."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme == "Bearer":
+        return value.encode(errors="surrogateescape")  # as aiohttp decodes headers
+    try:
+        return b64decode(value, validate=True).partition(b":")[2] if scheme.lower() == "basic" else b""
+    except ValueError:  # not Base64
+        return b""
 
 
 class TokenSigner:

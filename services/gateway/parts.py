@@ -13,8 +13,11 @@ from loop.settings import GatewaySettings, Settings
 from services.gateway.engines import Engines
 from services.gateway.errors import Refusal
 from services.gateway.identity import TokenSigner, is_key_known
+from services.gateway.recent import Recent
 from services.gateway.routes import RouteWatch
 from services.gateway.spool import Spool
+
+_REMEMBERED = 20_000
 
 
 @dataclass
@@ -41,6 +44,14 @@ class Parts:
         secret = settings.gateway.token_secret
         # Without a secret, tokens hold until the next start.
         self.signer = TokenSigner(os.urandom(32) if secret is None else secret.get_secret_value().encode())
+        self.langfuse = settings.langfuse
+        gateway = settings.gateway
+        weights = {"regenerate": gateway.regenerate_weight, "copy": gateway.copy_weight, "edit": gateway.edit_weight}
+        self.implicit_weights = {source: weight for source, weight in weights.items() if weight is not None}
+        # The keys of responses with several choices, the last response to each prompt, what each score was on.
+        self.with_choices: Recent[None] = Recent(_REMEMBERED)
+        self.answered: Recent[str] = Recent(_REMEMBERED)
+        self.scored: Recent[str] = Recent(_REMEMBERED)
 
     def has_key(self, request: web.Request) -> bool:
         """Whether the caller may do everything: it has a key, or there is none to have."""

@@ -17,6 +17,7 @@ from services.gateway.asks import Endpoint, read_ask, read_fields, read_model
 from services.gateway.capture import Exchange
 from services.gateway.errors import Refusal, read_body
 from services.gateway.parts import PARTS, Parts
+from services.gateway.regenerate import SOURCE, prompt_key, vote_on_earlier
 from services.gateway.relay import read_answer, relay, relayed_headers
 
 _ID_PREFIX: dict[Endpoint, str] = {"chat": "chatcmpl", "completions": "cmpl"}
@@ -96,6 +97,9 @@ async def _generate(request: web.Request, endpoint: Endpoint) -> web.StreamRespo
     key = key_of_message_id(ask.message_id) if ask.message_id else random_key()
     response_id = f"{_ID_PREFIX[endpoint]}-{key}-{uuid7(started_at_ms)}"
     exchange = Exchange(ask, response_id, key, ask.model or parts.alias, started_at_ms, started_s)
+    if SOURCE in parts.implicit_weights and (asked := prompt_key(ask)) is not None:
+        vote_on_earlier(asked, response_id, ask.rater, parts)
+        exchange.prompt_key = asked
     await parts.routes.is_known.wait()
     status = 499  # what nginx calls a client that has left
     try:

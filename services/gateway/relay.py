@@ -45,6 +45,8 @@ async def relay(
         expiry_s = exchange.started_at_ms // 1000 + parts.gateway.token_ttl_s
         headers[RESPONSE_ID] = exchange.response_id
         headers[FEEDBACK_TOKEN] = parts.signer.sign(Claim(exchange.response_id, ask.rater or ""), expiry_s)
+        if ask.choices > 1:
+            parts.with_choices.put(exchange.key, None)
     # What the app did not ask for was asked for by us, in `Ask.upstream_body`.
     rename = Rename(exchange.adapter, exchange.shown_model, strip_token_ids=is_captured and not ask.wants_token_ids)
     # The engine's own word on whether it streams: it is more lenient than we in what it takes for `true`.
@@ -149,6 +151,8 @@ def _log(
     parts: Parts, exchange: Exchange, read: Callable[[], Transcript], size: int, *, is_aborted: bool = False
 ) -> asyncio.Future[bool]:
     """Hand the response to the spool."""
+    if exchange.prompt_key is not None and not is_aborted:
+        parts.answered.put(exchange.prompt_key, exchange.response_id)
     ended_s = time.monotonic()
 
     def build() -> NewRecord:

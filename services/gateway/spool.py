@@ -36,15 +36,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One record to write. Feedback has a `stamp` and is done when it is on disk; a response when it is in the WAL, or
-    was done before, where it has a `place` in the journal.
+    """What is written together. The feedback of one call has a `stamp` and is done when it is on disk; a response when
+    it is in the WAL, or was done before, where it has a `place` in the journal.
     """
 
-    build: Callable[[], NewRecord]
     size: int
     done: asyncio.Future[bool]
+    build: Callable[[], NewRecord] | None = None
     stamp: int | None = None
-    record: NewRecord | None = None
+    records: Sequence[NewRecord] = ()
     place: Place | None = None
 
 
@@ -76,7 +76,7 @@ class Spool:
 
     def put_response(self, build: Callable[[], NewRecord], size: int) -> asyncio.Future[bool]:
         """Write a response: True once it would survive kill -9, False where it is lost (which is counted)."""
-        job = _Job(build, size, self._loop.create_future())
+        job = _Job(size, self._loop.create_future(), build)
         if self._put_bytes - self._settled_bytes > MAX_WAITING_BYTES:
             self._lose(job, "backlog")
         elif self._is_full or time.monotonic() < self._slow_until:
@@ -86,9 +86,10 @@ class Spool:
             self._put(job)
         return job.done
 
-    def put_feedback(self, record: NewRecord, stamp: int) -> asyncio.Future[bool]:
-        """Write feedback and the clock's `stamp` with it: True once both are on disk."""
-        job = _Job(lambda: record, len(record.value), self._loop.create_future(), stamp)
+    def put_feedback(self, records: Sequence[NewRecord], stamp: int) -> asyncio.Future[bool]:
+        """Write feedback and the clock's `stamp` with it, in one transaction: True once all of it is on disk."""
+        size = sum(len(record.value) for record in records)
+        job = _Job(size, self._loop.create_future(), stamp=stamp, records=records)
         self._put(job)
         return job.done
 
@@ -105,10 +106,10 @@ class Spool:
             self._hurry.set()
 
     def _write_ahead(self, job: _Job) -> bool:
-        assert job.record is not None
+        (record,) = job.records
         started_s = time.monotonic()
         try:
-            job.place = self._journal.append(job.record)
+            job.place = self._journal.append(record)
         except OSError as exc:
             self._fail(exc)
             self._lose(job, "failed")
@@ -174,8 +175,6 @@ class Spool:
             self._give_up(responses, "quota")
             responses = []
         responses = [job for job in responses if self._build(job)]
-        for job in feedback:
-            job.record = job.build()
         kept: list[_Job] = []
         if not self._commit([*journaled, *responses, *feedback]):
             # What made the whole batch fail may be the size of its responses; feedback gets a try of its own.
@@ -195,7 +194,8 @@ class Spool:
     def _build(self, job: _Job) -> bool:
         """On the event loop for the journal, in the thread where that is avoided."""
         try:
-            job.record = job.build()
+            assert job.build is not None
+            job.records = (job.build(),)
         except Exception:  # a capture that fails costs its event, never more
             _log.exception("response not logged", extra={"action": "capture_failed"})
             self._give_up([job], "capture")
@@ -203,7 +203,7 @@ class Spool:
         return True
 
     def _commit(self, jobs: Sequence[_Job]) -> bool:
-        records = [job.record for job in jobs if job.record is not None]
+        records = [record for job in jobs for record in job.records]
         stamps = [job.stamp for job in jobs if job.stamp is not None]
         if not records:
             return True

@@ -65,6 +65,46 @@ async def test_a_response_is_logged_as_it_was_served(gateway: Gateway) -> None:
     assert response.status == 200
 
 
+OPEN_WEBUI = {
+    "X-OpenWebUI-Chat-Id": "chat-1",
+    "X-OpenWebUI-Message-Id": "message-1",
+    "X-OpenWebUI-User-Id": "user-1",
+    "X-OpenWebUI-Task": "",
+}
+
+
+async def test_open_webuis_ids_are_taken_from_its_headers(gateway: Gateway) -> None:
+    _, body, _ = await gateway.post("/v1/chat/completions", HELLO, OPEN_WEBUI)
+    (logged,) = gateway.responses()
+    assert (logged.conversation_id, logged.message_id) == ("chat-1", "message-1")
+    assert logged.rater == hash_rater(b"thumbwheel", "user-1")
+    assert key_of_response_id(body["id"]) == key_of_message_id("message-1")
+    unfilled = {name: "{{" + name + "}}" for name in OPEN_WEBUI}  # by an Open WebUI that knows no placeholders yet
+    await gateway.post("/v1/chat/completions", HELLO, unfilled)
+    _, logged = gateway.responses()
+    assert (logged.message_id, logged.rater) == (None, None)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_an_apps_background_tasks_are_answered_and_not_logged(
+    gateway: Gateway, stub: Stub, is_stream: bool
+) -> None:
+    ask = HELLO | {"stream": is_stream}
+    for body, headers in (
+        (ask, OPEN_WEBUI | {"X-OpenWebUI-Task": "title_generation"}),
+        (ask, {"X-Thumbwheel-Task": "tags"}),
+        (ask | {"metadata": {"message_id": "message-1", "task": "follow_up_generation"}}, None),
+    ):
+        status, _, response = await gateway.post("/v1/chat/completions", body, headers)
+        assert status == 200
+        assert "X-Thumbwheel-Response-Id" not in response.headers
+        assert "X-Thumbwheel-Feedback-Token" not in response.headers
+        assert "return_token_ids" not in stub[0].requests[-1]
+    await gateway.post("/v1/chat/completions", ask, OPEN_WEBUI)
+    (logged,) = gateway.responses()
+    assert logged.message_id == "message-1"
+
+
 @pytest.mark.parametrize("ask", [{}, {"n": 2}, {"tools": [{"type": "function", "function": {"name": "look_up"}}]}])
 async def test_a_stream_is_logged_like_the_same_answer_in_one_piece(gateway: Gateway, ask: dict[str, Any]) -> None:
     await gateway.chat(**ask)

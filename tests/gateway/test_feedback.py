@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loop.events import hash_rater, key_of_message_id
+from loop.log import LogUnavailableError
 from services.gateway.identity import Claim, TokenSigner
 from tests.gateway.conftest import Gateway, StartGateway
 
@@ -25,24 +26,26 @@ async def vote(gateway: Gateway, headers: dict[str, str] | None = None, **fields
 
 async def test_a_thumb_is_taken_before_its_response_is_known(gateway: Gateway) -> None:
     status, body = await vote(
-        gateway, response_id=RESPONSE_ID, value="down", comment="no", reasons=["wrong"], rater="ann"
-    )
+        gateway, response_id=RESPONSE_ID, value="down", comment="no", reasons=["wrong"], rater="ann",
+        correction="Five days.",
+    )  # fmt: skip
     assert (status, body["status"], body["response_id"]) == (202, "accepted", RESPONSE_ID)
     (found,) = gateway.feedback()
     assert (found.feedback_id, found.value, found.response_id) == (body["feedback_id"], "down", RESPONSE_ID)
     assert (found.comment, found.reasons, found.source, found.weight) == ("no", ["wrong"], "explicit", 1.0)
+    assert found.correction == "Five days."
     assert found.rater == hash_rater(b"thumbwheel", "ann")
 
 
 async def test_a_thumb_by_message_id_goes_to_the_partition_of_its_response(gateway: Gateway) -> None:
-    assert (await vote(gateway, message_id="m1", value="up", choice_index=1, weight=0.5, source="copy"))[0] == 202
+    assert (await vote(gateway, message_id="m1", value="up", choice_index=1, weight=0.5, source="survey"))[0] == 202
     log = gateway.parts.spool._log
     topic = gateway.parts.feedback_topic
     (record,) = [r for p in range(log.partitions) for r in log.read(topic, p, 0, 10)]
     assert record.key == key_of_message_id("m1")
     (found,) = gateway.feedback()
     assert (found.response_id, found.message_id, found.choice_index) == (None, "m1", 1)
-    assert (found.weight, found.source) == (0.5, "copy")
+    assert (found.weight, found.source) == (0.5, "survey")
 
 
 async def test_the_callers_id_is_kept_and_votes_without_one_are_told_apart(gateway: Gateway) -> None:
@@ -86,7 +89,13 @@ async def test_the_clock_goes_on_over_a_restart_though_the_wall_clock_goes_back(
         (b'{"value": "up", "message_id": "m", "weight": 0}', 422, "> 0"),
         (b'{"value": "up", "message_id": "m", "wieght": 1}', 422, "wieght"),
         (b'{"value": "up", "message_id": "m", "comment": "a\\u0000"}', 422, "$.comment"),
-        (b'{"value": "up", "message_id": "m", "comment": "' + b"x" * 70_000 + b'"}', 413, "larger than 65536"),
+        (b'{"value": "up", "message_id": "m", "correction": ""}', 422, "$.correction"),
+        (b'{"value": "up", "message_id": "m", "source": "copy"}', 422, "gateway.copy_weight switches them on"),
+        (b'{"items": []}', 422, "length >= 1"),
+        (b'{"items": [{}], "value": "up"}', 422, "unknown field `value`"),
+        (b'{"items": [' + b"1, " * 1000 + b"1]}", 422, "length <= 1000"),
+        (b'{"items": [" ' + b"x" * 8_500_000 + b'"]}', 413, "larger than 8388608"),
+        (b'{"value": "up", "message_id": "m", "comment": "' + b"x" * 70_000 + b'"}', 413, "larger than 65536 bytes"),
     ],
 )
 async def test_bad_votes_get_a_clear_error(gateway: Gateway, body: bytes, status: int, said: str) -> None:
@@ -132,6 +141,7 @@ async def test_a_token_permits_nothing_else(start: StartGateway) -> None:
         ({"token": token, "weight": 5}, 403, "'weight'"),
         ({"token": token, "rater": "bob"}, 403, "'rater'"),
         ({"token": token, "source": "copy"}, 403, "'source'"),
+        ({"token": token, "correction": "Yes."}, 403, "'correction'"),
         ({"token": expired}, 401, "expired"),
         ({"token": forged}, 401, "signature"),
         ({"token": payload + "." + signature[:-4] + "AAAA"}, 401, "signature"),
@@ -166,3 +176,109 @@ async def test_a_burst_of_votes_is_all_on_disk(gateway: Gateway) -> None:
 
     assert set(await asyncio.gather(*map(one, range(1000)))) == {202}
     assert len({given.feedback_id for given in gateway.feedback()}) == 1000
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+async def test_each_vote_of_a_batch_has_its_own_result(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs = []
+    sync = gateway.parts.spool._log.sync
+    monkeypatch.setattr(gateway.parts.spool._log, "sync", lambda: syncs.append(sync()))
+    items: list[dict[str, Any]] = [{"message_id": f"m{n}", "value": "up", "correction": "Yes."} for n in range(997)]
+    items[1:1] = [{"message_id": "m", "value": "sideways"}, {"value": "up"}, {"value": "up", "response_id": "x"}]
+    status, body = await vote(gateway, {"Idempotency-Key": "i"}, items=items)
+    assert status == 207
+    results = body["items"]
+    assert [result["status"] for result in results] == [202, 422, 422, 422, *[202] * 996]
+    assert [result["error"]["param"] for result in results[1:4]] == ["value", "response_id", "response_id"]
+    assert (results[4]["feedback_id"], results[4]["message_id"]) == ("i/4", "m1")
+    found = gateway.feedback()
+    assert [given.message_id for given in found] == [f"m{n}" for n in range(997)]  # in the order of the batch
+    assert len(syncs) == 1
+    again, _ = await vote(gateway, {"Idempotency-Key": "i"}, items=items)
+    assert again == 207
+    assert len({given.feedback_id for given in gateway.feedback()}) == 997
+
+
+async def test_a_batch_that_cannot_be_written_is_refused_as_a_whole(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise LogUnavailableError("disk full")
+
+    monkeypatch.setattr(gateway.parts.spool._log, "write", fail)
+    items = [{"message_id": "m", "value": "up"}, {"message_id": "m", "value": "sideways"}]
+    status, body = await vote(gateway, items=items)
+    assert (status, body["error"]["code"]) == (503, "not_written")
+    assert gateway.feedback() == []
+
+
+async def test_without_a_key_a_batch_is_as_small_as_a_vote_and_needs_tokens(start: StartGateway) -> None:
+    gateway = await start(api_keys=["k1"])
+    token = gateway.parts.signer.sign(Claim(RESPONSE_ID, ""), int(time.time()) + 60)
+    status, body = await vote(gateway, items=[{"value": "up", "token": token}, {"value": "up", "message_id": "m"}])
+    assert (status, [result["status"] for result in body["items"]]) == (207, [202, 401])
+    large = [{"value": "up", "token": token, "comment": "x" * 9_000}] * 8
+    assert (await vote(gateway, items=large))[0] == 413
+    assert (await vote(gateway, KEY, items=large))[0] == 207
+
+
+# --- choices and what is concluded -----------------------------------------------------------------------------------
+
+
+async def test_of_several_choices_a_vote_names_one(gateway: Gateway) -> None:
+    _, body, response = await gateway.chat(n=2, metadata={"message_id": "m"})
+    token = response.headers["X-Thumbwheel-Feedback-Token"]
+    for target in ({"response_id": body["id"]}, {"message_id": "m"}, {"token": token}):
+        status, refusal = await vote(gateway, value="up", **target)
+        assert (status, refusal["error"]["param"]) == (422, "choice_index")
+        assert (await vote(gateway, value="up", choice_index=1, **target))[0] == 202
+    assert [given.choice_index for given in gateway.feedback()] == [1, 1, 1]
+    _, body, _ = await gateway.chat()
+    assert (await vote(gateway, value="up", response_id=body["id"]))[0] == 202
+
+
+async def test_what_an_app_concludes_weighs_what_the_settings_say(start: StartGateway) -> None:
+    gateway = await start(copy_weight=0.25)
+    assert (await vote(gateway, message_id="m", value="up", source="copy"))[0] == 202
+    assert (await vote(gateway, message_id="m", value="up", source="copy", weight=0.5))[0] == 202
+    status, body = await vote(gateway, message_id="m", value="up", source="edit")
+    assert (status, body["error"]["code"]) == (422, "source_off")
+    assert [(given.source, given.weight) for given in gateway.feedback()] == [("copy", 0.25), ("copy", 0.5)]
+
+
+async def test_an_answer_that_is_asked_for_again_gets_a_weak_vote_down(start: StartGateway) -> None:
+    gateway = await start(regenerate_weight=0.2)
+    asked = {"user": "ann", "metadata": {"conversation_id": "c"}}
+    ids = [
+        (await gateway.chat(**asked, **more))[2].headers["X-Thumbwheel-Response-Id"]
+        for more in ({}, {"stream": True}, {"temperature": 0.5})
+    ]
+    others: list[dict[str, Any]] = [
+        {"metadata": {"conversation_id": "another"}},
+        {"metadata": {}},  # whose conversation it is, nobody knows: `user` alone does not tell
+        {"n": 2},  # there is more than one answer to choose from
+        {"messages": [{"role": "user", "content": "hello again"}]},
+        {"metadata": {"conversation_id": "c", "task": "title_generation"}},
+    ]
+    for other in others:
+        assert (await gateway.chat(**(asked | other)))[0] == 200
+    found = gateway.feedback()
+    assert [(given.response_id, given.value, given.source, given.weight) for given in found] == [
+        (ids[0], "down", "regenerate", 0.2),
+        (ids[1], "down", "regenerate", 0.2),
+    ]
+    assert {given.rater for given in found} == {hash_rater(b"thumbwheel", "ann")}
+
+
+async def test_a_failed_answer_is_no_answer_and_nothing_is_concluded_unless_asked_for(
+    gateway: Gateway, start: StartGateway
+) -> None:
+    again = await start(regenerate_weight=0.2)
+    asked: dict[str, Any] = {"metadata": {"conversation_id": "c"}}
+    assert (await again.chat(**asked, stub={"fault": "500"}))[0] == 500
+    assert (await again.chat(**asked))[0] == 200
+    for _ in range(2):
+        assert (await gateway.chat(**asked))[0] == 200
+    assert gateway.feedback() == []

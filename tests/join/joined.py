@@ -24,7 +24,7 @@ def examples_in(store: Engine, page_rows: int = 1_000) -> Examples:
     """All examples of the store."""
     return {
         (e.response_id, e.choice_index): {
-            "votes": {v["rater"]: (v["value"], v["weight"], v["hlc"]) for v in e.votes},
+            "votes": {v["rater"]: (v["value"], v["weight"], v["hlc"], v.get("correction")) for v in e.votes},
             "up": e.up,
             "down": e.down,
             "event": e.event,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from loop.events import EventError, decode_feedback, decode_response, key_of_message_id, key_of_response_id
+from loop.events import EventError, decode_feedback, decode_response, key_of_response_id
 from loop.log import NewRecord
 
 Examples = dict[tuple[str, int], dict[str, Any]]
@@ -33,31 +34,40 @@ def examples_of(records: Iterable[NewRecord], responses_topic: str) -> Examples:
     last: dict[str, tuple[int, str]] = {}
     for id, (started_at_ms, _, event, _) in responses.items():
         message = event.data.message_id
-        if message is not None and key_of_message_id(message) == event.partitionkey:
-            last[message] = max(last.get(message, (-1, "")), (started_at_ms, id))
+        if message is not None and _digest(message)[:16] == event.partitionkey:
+            last[_digest(message)] = max(last.get(_digest(message), (-1, "")), (started_at_ms, id))
     by_choice: dict[tuple[str, int], list[Any]] = defaultdict(list)
     for hlc, event_id, event in votes:
         data = event.data
-        target = data.response_id or last.get(data.message_id, (0, None))[1]
+        target = data.response_id or last.get(_digest(data.message_id), (0, None))[1]
         if target in responses:
-            by_choice[target, data.choice_index].append((hlc, event_id, data.feedback_id, data))
+            is_said = data.source not in ("regenerate", "copy", "edit")
+            by_choice[target, data.choice_index].append((is_said, hlc, event_id, data.feedback_id, data))
     found: Examples = {}
     for (id, choice_index), on in by_choice.items():
         _, _, event, value = responses[id]
         if event.data.aborted or choice_index not in {choice.index for choice in event.data.choices}:
             continue
         raters = {data.rater for *_, data in on}
-        ends = {rater: max(v for v in on if v[3].rater == rater)[3] for rater in raters}
+        ends = {rater: max(v for v in on if v[4].rater == rater)[4] for rater in raters}
         standing = {rater: vote for rater, vote in ends.items() if vote.value != "retract"}
         if standing:
+            thumbs = [v.value for v in standing.values() if v.source not in ("regenerate", "copy", "edit")]
             found[id, choice_index] = {
-                "votes": {rater: (vote.value, vote.weight, vote.hlc) for rater, vote in standing.items()},
-                "up": sum(vote.value == "up" for vote in standing.values()),
-                "down": sum(vote.value == "down" for vote in standing.values()),
+                "votes": {rater: (v.value, v.weight, v.hlc, v.correction) for rater, v in standing.items()},
+                "up": thumbs.count("up"),
+                "down": thumbs.count("down"),
                 "event": value,
             }
     return found
 
 
 def _key(data: Any) -> str:
-    return key_of_response_id(data.response_id) if data.response_id else key_of_message_id(data.message_id)
+    return key_of_response_id(data.response_id) if data.response_id else _digest(data.message_id)[:16]
+
+
+def _digest(message_id: str) -> str:
+    """The message, known by its id or by what the id hashes to."""
+    if message_id.startswith("sha256:"):
+        return message_id.removeprefix("sha256:")
+    return hashlib.sha256(message_id.encode()).hexdigest()[:32]

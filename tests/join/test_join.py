@@ -14,6 +14,7 @@ from loop.events import (
     decode_response,
     encode,
     key_of_message_id,
+    message_digest,
 )
 from loop.join import Response, Vote, join, last_response, read_batch, read_response, read_vote
 from loop.log import NewRecord, Record
@@ -38,6 +39,15 @@ CASES: dict[str, tuple[list[tuple[str, int, dict[str, Any]]], dict[int, dict[str
     "a vote after a retraction stands": ([("retract", 1, {}), ("down", 2, {})], {0: {"": "down"}}),
     "choices are apart": ([("up", 1, {"choice_index": 1}), ("down", 2, {})], {0: {"": "down"}, 1: {"": "up"}}),
     "a choice that was not served makes none": ([("up", 1, {"choice_index": 7})], {}),
+    "what a rater says outweighs what was concluded later": (
+        [("up", 1, {}), ("down", 2, {"source": "regenerate"})],
+        {0: {"": "up"}},
+    ),
+    "and so does taking it back": ([("up", 1, {}), ("retract", 2, {}), ("up", 3, {"source": "copy"})], {}),
+    "the last conclusion counts": (
+        [("up", 1, {"source": "copy"}), ("down", 2, {"source": "regenerate"})],
+        {0: {"": "down"}},
+    ),
 }
 
 
@@ -73,7 +83,36 @@ def test_a_message_id_under_another_key_is_nobodys_target() -> None:
     read = read_response(decode_response(response(ID, message_id="m").value))
     assert read.message_id is None
     own = response_id(key_of_message_id("m"), 1)
-    assert read_response(decode_response(response(own, message_id="m").value)).message_id == "m"
+    assert read_response(decode_response(response(own, message_id="m").value)).message_id == message_digest("m")
+
+
+@pytest.mark.parametrize("named", ["m", f"sha256:{message_digest('m')}"])
+def test_a_message_is_known_by_its_id_or_by_what_that_hashes_to(named: str) -> None:
+    own = response_id(key_of_message_id("m"), 1)
+    read = read_vote(decode_feedback(feedback("f", "up", 1, message_id=named).value))
+    assert read.message_id == read_response(decode_response(response(own, message_id="m").value)).message_id
+    assert (read.key, read.response_id) == (key_of_message_id("m"), None)
+
+
+def test_what_was_concluded_is_weighed_but_is_no_thumb() -> None:
+    votes = [feedback("f", "up", 1, response_id=ID, rater="a"), feedback("g", "down", 2, response_id=ID, source="copy")]
+    read = read_response(decode_response(response(ID).value))
+    (example,) = join(read, [read_vote(decode_feedback(vote.value)) for vote in votes], response(ID).value)
+    assert (len(example.votes), example.up, example.down) == (2, 1, 0)
+
+
+def test_the_correction_is_that_of_the_standing_vote() -> None:
+    def corrections(*votes: tuple[str, str | None]) -> list[str | None]:
+        given = [
+            read_vote(decode_feedback(feedback(f"f{n}", value, n, response_id=ID, correction=text).value))
+            for n, (value, text) in enumerate(votes)
+        ]
+        read = read_response(decode_response(response(ID).value))
+        return [vote.get("correction") for e in join(read, given, response(ID).value) for vote in e.votes]
+
+    assert corrections(("down", "One."), ("down", "Two.")) == ["Two."]
+    assert corrections(("down", "One."), ("up", None)) == [None]
+    assert corrections(("down", "One."), ("retract", None)) == []
 
 
 BROKEN = {
@@ -83,6 +122,9 @@ BROKEN = {
     "a stamp below zero": (FEEDBACK, feedback("f", "up", -1, response_id=ID).value, r"data\.hlc"),
     "an id that no column holds": (FEEDBACK, feedback("f" * 300, "up", 1, response_id=ID).value, r"length <= 256"),
     "a character that Postgres does not hold": (FEEDBACK, feedback("\0", "up", 1, response_id=ID).value, "regex"),
+    "a correction that Postgres does not hold": (
+        FEEDBACK, feedback("f", "up", 1, response_id=ID, correction="a\0").value, r"data\.correction"
+    ),
     "a newline behind an id": (
         RESPONSES,
         encode(ResponseLogged(response_id=ID + "\n", choices=[]), event_id="e", key="a" * 16, source="t", now_ms=1),
@@ -132,4 +174,4 @@ def test_events_of_other_producers_are_read() -> None:
 
 def test_votes_are_compared_by_value_only() -> None:
     read = read_vote(decode_feedback(feedback("f", "up", 1, response_id=ID, reasons=["kind"]).value))
-    assert read == Vote("a" * 16, "f", ID, None, 0, "", "up", 1.0, "explicit", 1, "f", None, ("kind",))
+    assert read == Vote("a" * 16, "f", ID, None, 0, "", "up", 1.0, "explicit", 1, "f", None, None, ("kind",))

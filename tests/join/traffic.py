@@ -6,7 +6,15 @@ import random
 from typing import Any
 from uuid import UUID
 
-from loop.events import Choice, FeedbackGiven, ResponseLogged, encode, key_of_message_id, key_of_response_id
+from loop.events import (
+    Choice,
+    FeedbackGiven,
+    ResponseLogged,
+    encode,
+    key_of_message_id,
+    key_of_response_id,
+    message_digest,
+)
 from loop.log import NewRecord
 
 RESPONSES, FEEDBACK = "thumbwheel.responses", "thumbwheel.feedback"
@@ -61,11 +69,16 @@ def colliding_events(seed: int, size: int) -> list[NewRecord]:
         else:
             fields: dict[str, Any] = {"rater": random_.choice(["", "ann", "bob", "cleo"])}
             if random_.random() < 0.4:
-                fields["message_id"] = random_.choice(messages)
+                message = random_.choice(messages)
+                fields["message_id"] = random_.choice([message, f"sha256:{message_digest(message)}"])
             else:
                 fields["response_id"] = random_.choice(ids)
             if random_.random() < 0.3:
                 fields["choice_index"] = random_.randrange(3)
+            if random_.random() < 0.3:
+                fields |= {"source": "copy", "weight": 0.2}
+            if random_.random() < 0.2:
+                fields["correction"] = random_.choice(["Maybe.", "No, never."])
             events.append(
                 feedback(
                     f"f{random_.randrange(size)}",

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, insert
+from sqlalchemy import Engine, insert, select
 
 from loop import registry
+from loop.rollout.canary import Thumbs
 from loop.rollout.swap import Fleet, go_live, roll_back, start_canary, unload_unneeded
 from loop.rollout.vllm import EngineError
-from loop.rollout.watch import judge, tick
+from loop.rollout.watch import judge, thumbs, tick
 from loop.settings import EngineSettings, RolloutSettings
 from loop.store.engine import write
 from loop.store.routes import RouteChangedError, acknowledge_route, read_route, write_route
@@ -203,3 +204,12 @@ def test_a_new_live_adapter_with_worse_thumbs_gives_way_to_its_predecessor(store
     vote(store, f"support@{second}", up=10, down=30, at_ms=NOW + 3)
     judge(fleet, NOW + 4)
     assert states(store) == {first: "live", second: "rolled_back"}
+
+
+def test_what_was_only_concluded_hides_no_thumb(store: Engine) -> None:
+    vote(store, "base", up=1, down=0, at_ms=NOW)
+    with write(store) as connection:  # a later answer of the conversation, which was copied
+        rated = connection.execute(select(examples)).one()._asdict()
+        copied = rated | {"response_id": "later", "up": 0, "voted_at_ms": NOW + 1}
+        connection.execute(insert(examples).values(**copied))
+    assert thumbs(fleet_of(store, FaultyReplica()), None, 0) == Thumbs(1, 0)

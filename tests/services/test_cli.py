@@ -78,3 +78,12 @@ def test_dead_letters_of_a_topic_that_is_not_ours_are_refused(tmp_path: Path) ->
     done = thumbwheel("log", "--settings", str(path), "--topic", "elsewhere", "--replay")
     assert done.returncode == 2
     assert "--topic elsewhere: expected thumbwheel.responses or thumbwheel.feedback" in " ".join(done.stderr.split())
+
+
+def test_the_poller_says_which_settings_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "thumbwheel.toml"
+    path.write_text('[open_webui]\nurl = "http://127.0.0.1:9"\n')
+    done = thumbwheel("open-webui", "--once", "--settings", str(path))
+    assert done.returncode == 2
+    assert "open_webui.token is not set" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -14,9 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loop.settings import load_settings
+from loop.settings import OpenWebuiSettings, Settings, load_settings
 from loop.store import open_store
 from loop.store.examples import count_labels
+from services import up
 from services.up import RESTARTS, answers
 from tests.conftest import ROOT, free_port
 
@@ -103,3 +104,9 @@ def test_a_part_that_keeps_dying_ends_all_of_it(service: subprocess.Popen[str]) 
         killed.append(children(service.pid)["console"])
         os.kill(killed[-1], signal.SIGKILL)
     assert service.wait(60) == 1
+
+
+def test_the_poller_runs_where_an_open_webui_is_configured(tmp_path: Path) -> None:
+    settings = Settings(open_webui=OpenWebuiSettings(url="http://127.0.0.1:9"))
+    assert [child.name for child in up.children(settings, None, tmp_path)] == [*PARTS, "open-webui"]
+    assert [child.name for child in up.children(Settings(), None, tmp_path)] == [*PARTS]

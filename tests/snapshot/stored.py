@@ -60,7 +60,8 @@ def _stored(fields: dict[str, Any]) -> dict[str, Any]:
     )
     votes = [
         {"rater": rater, "value": value, "weight": weight, "source": "explicit", "hlc": hlc}
-        for rater, value, weight, hlc in fields["votes"]
+        | ({"correction": correction[0]} if correction else {})
+        for rater, value, weight, hlc, *correction in fields["votes"]
     ]
     return {
         "response_id": response_id,

@@ -16,12 +16,16 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
+from loop.log import NewRecord
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot import Snapshot, load_snapshot, make_snapshot
 from loop.snapshot.prompts import DistinctPrompts, asked, normal_words
 from loop.snapshot.split import unit_of
 from loop.store import open_store
+from loop.store.joining import apply
+from tests.join.traffic import START_MS, feedback, response, response_id
 from tests.snapshot.stored import NOW_MS, example, put
+from tests.store.joined import READER, batch_of
 
 SETTINGS = SnapshotSettings(held_out_share=0.2)
 
@@ -288,6 +292,63 @@ def test_the_same_answer_again_is_one_row_with_all_votes() -> None:
     made, train, _ = snapshot_of(rows, train_settings(desirable_weight=1.0, undesirable_weight=1.0))
     assert made.steps["exact_duplicates"] == 3
     assert [(row["label"], row["rater"], row["source"]) for row in train] == [(False, "a", "template")]
+
+
+def test_a_correction_is_a_desirable_row_of_its_own_without_token_ids() -> None:
+    votes = [("a", "down", 1.0, 1, "Free of charge."), ("b", "up", 0.5, 2, "Nothing.")]
+    made, train, _ = snapshot_of(
+        [example(1, votes=votes, completion_ids=[9])], train_settings(desirable_weight=1.0, undesirable_weight=1.0)
+    )
+    assert made.read == 3
+    rows = {row["completion"][0]["content"]: row for row in train}
+    assert {text: (row["label"], row["rater"], row["weight"], row["source"]) for text, row in rows.items()} == {
+        "It costs 1 crowns.": (False, "a", 1.0, "served"),
+        "Free of charge.": (True, "a", 1.0, "template"),
+        "Nothing.": (True, "b", 0.5, "template"),
+    }
+    served = rows.pop("It costs 1 crowns.")
+    for row in rows.values():
+        assert (row["prompt"], row["conversation_id"]) == (served["prompt"], served["conversation_id"])
+        assert (row["prompt_ids"], row["completion_ids"]) == (None, None)
+
+
+def test_a_correction_is_learnt_from_though_the_answer_is_not() -> None:
+    vote = ("a", "down", 1.0, 1, "All of it.")
+    made, train, _ = snapshot_of([example(1, finish_reason="length", votes=[vote])], train_settings())
+    assert ([row["completion"][0]["content"] for row in train], made.steps["truncated"]) == (["All of it."], 1)
+
+
+def test_a_correction_comes_and_goes_with_its_vote(store: Engine, tmp_path: Path) -> None:
+    def labels(*events: NewRecord) -> dict[str, bool]:
+        apply(store, READER, batch_of(*events), {})
+        made = make_snapshot(store, train_settings(), out=tmp_path / f"of {len(events)}", now_ms=START_MS)
+        rows = pq.read_table(made.train_path).to_pylist()
+        return {row["completion"][0]["content"]: row["label"] for row in rows}
+
+    id, hlc = response_id("a" * 16, 1), START_MS << 16
+    vote = feedback("f", "down", hlc, response_id=id, correction="No.")
+    assert labels(response(id), vote) == {"Yes.": False, "No.": True}
+    assert labels(feedback("g", "retract", hlc + 1, response_id=id)) == {}
+
+
+@given(messy, st.data())
+@settings(max_examples=15, deadline=None)
+def test_every_standing_vote_has_one_correction_at_most(drawn: list[dict[str, Any]], data: Any) -> None:
+    rows = rows_of(drawn)
+    expected = set()
+    for row in rows:
+        row["votes"] = [
+            (*vote, data.draw(st.none() | st.sampled_from(["", "Yes.", row["answer"]]))) for vote in row["votes"]
+        ]
+        prompt = row["messages"][-1]["content"]
+        expected |= {(prompt, vote[4]) for vote in row["votes"] if vote[4] == "Yes."}
+    made, train, held_out = snapshot_of(
+        rows, SnapshotSettings(held_out_share=0.2, max_per_rater=None, max_per_prompt=None)
+    )
+    corrections = [row for row in [*train, *held_out] if row["completion"][0]["content"] == "Yes."]
+    assert {(row["prompt"][-1]["content"], "Yes.") for row in corrections} == expected
+    assert all(row["label"] and row["completion_ids"] is None for row in corrections)
+    assert made.read == len(train) + len(held_out) + sum(made.steps.values())
 
 
 def test_held_out_duplicates_stay_apart_by_rater() -> None:

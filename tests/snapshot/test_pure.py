@@ -54,6 +54,7 @@ votes = st.lists(
         up=st.booleans(),
         weight=st.sampled_from([0.5, 1.0]),
         hlc=st.integers(0, 6),
+        thumb=st.booleans(),
     ),
     max_size=8,
 )
@@ -62,8 +63,19 @@ votes = st.lists(
 @given(votes, st.randoms(use_true_random=False), st.sampled_from(["drop", "majority"]))
 def test_the_label_does_not_depend_on_the_order_of_votes(cast: list[Vote], rng: Any, rule: Any) -> None:
     # One rater casts two votes of one stamp only where a clock is broken; then weights may differ too.
-    cast = list({(vote.who, vote.hlc): vote for vote in cast}.values())
+    cast = list({(vote.who, vote.hlc, vote.thumb): vote for vote in cast}.values())
     assert settle(cast, rule) == settle(rng.sample(cast, len(cast)), rule)
+
+
+def test_what_a_rater_says_goes_before_what_was_concluded_later() -> None:
+    said = Vote("a", True, True, 1.0, 1)
+    concluded = Vote("a", True, False, 0.2, 2, thumb=False)
+    label = settle([said, concluded], "drop")
+    assert label is not None
+    assert (label.desirable, label.weight) == (True, 1.0)
+    alone = settle([concluded], "drop")
+    assert alone is not None
+    assert (alone.desirable, alone.weight) == (False, 0.2)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, inspect, select, text
 
+from loop.events import message_digest
 from loop.settings import StoreSettings
 from loop.store import open_store, write
 from loop.store.migrate import SCRIPTS, upgrade
-from loop.store.schema import REVISION, dead_letters, metadata
+from loop.store.schema import REVISION, dead_letters, metadata, response_index, votes
 
 
 @pytest.fixture
@@ -88,8 +89,18 @@ def test_an_older_store_is_brought_forward_with_what_it_holds(bare: Engine, stor
             text("INSERT INTO dead_letters VALUES ('t', 1, 2, 'broken', 'k', :value, :sent)"),
             {"value": b"\x00", "sent": True},
         )
+        connection.execute(text("INSERT INTO response_index VALUES ('r', 'm', 1, 'e'), ('s', NULL, 1, 'e')"))
+        connection.execute(
+            text("INSERT INTO votes VALUES ('k', 'f', NULL, 'm', 0, '', 'up', 1, 'explicit', 1, 'e', '{}', true)")
+        )
     store = open_store(store_settings)
     with store.connect() as connection:
         assert differences(connection) == []
         assert connection.execute(select(dead_letters)).one() == ("t", 1, 2, "broken", "k", b"\x00", True, False)
+        digest = message_digest("m")  # which votes by a trace id know alone
+        assert connection.execute(select(response_index.c.message_id).order_by("turned_id")).scalars().all() == [
+            digest,
+            None,
+        ]
+        assert connection.execute(select(votes.c.message_id, votes.c.correction)).one() == (digest, None)
     store.dispose()

@@ -1,0 +1,43 @@
+"""An answer that is asked for again: a weak vote against the earlier one, where `gateway.regenerate_weight` is set.
+
+Known by its conversation, which the app must have named, and by everything that was asked in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from loop.events import FeedbackGiven
+from services.gateway.asks import Ask
+from services.gateway.feedback import feedback_record
+from services.gateway.parts import Parts
+
+SOURCE = "regenerate"
+
+
+def prompt_key(ask: Ask) -> str | None:
+    """What the same prompt in the same conversation has in common; None where that cannot be known, or where there is
+    more than one answer to choose from.
+    """
+    if not (ask.is_captured and ask.is_conversation_named and ask.choices == 1):
+        return None
+    asked = hashlib.sha256(ask.conversation_id.encode())
+    for name in ("messages", "prompt"):
+        asked.update(b"\0" + bytes(ask.fields.get(name, b"")))
+    return asked.hexdigest()
+
+
+def vote_on_earlier(key: str, response_id: str, rater: str | None, parts: Parts) -> None:
+    """Vote against the last answer to the prompt, where this gateway gave one. Nothing waits for it."""
+    if (earlier := parts.answered.get(key)) is None:
+        return
+    given = FeedbackGiven(
+        feedback_id=f"{SOURCE}/{response_id}",
+        value="down",
+        hlc=parts.stamp(),
+        response_id=earlier,
+        rater=rater or "",
+        weight=parts.implicit_weights[SOURCE],
+        source=SOURCE,
+    )
+    parts.spool.put_feedback([feedback_record(given, parts)], given.hlc)

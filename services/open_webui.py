@@ -1,0 +1,190 @@
+"""`thumbwheel open-webui`: Open WebUI keeps its users' ratings on its own server; this reads its export now and then
+and votes through the gateway with what is new.
+
+The votes name Open WebUI's message ids, which its connection sends to the gateway as a header (see README.md). How far
+the export was read is kept in a file, moved after each batch that is on the gateway's disk. What is sent twice all the
+same counts once: a vote's `feedback_id` is made of the rating's id and its last change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+from pydantic import SecretStr
+
+from loop.settings import OpenWebuiSettings
+
+EXPORT = "api/v1/evaluations/feedbacks/all/export"
+BATCH = 100  # with the longest comments, still less than the gateway takes at once
+TIMEOUT_S = 300.0
+
+log = logging.getLogger(__name__)
+
+
+class _Data(msgspec.Struct):
+    rating: float | str | None = None
+    reason: str | None = None
+    comment: str | None = None
+
+
+class _Meta(msgspec.Struct):
+    message_id: str | None = None
+
+
+class Rating(msgspec.Struct):
+    """What we read of one entry of the export; it holds the whole chat besides."""
+
+    id: str
+    updated_at: int
+    user_id: str = ""
+    data: _Data | None = None
+    meta: _Meta | None = None
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """How far the export was read: the last change, in seconds, and the ratings that changed in that second."""
+
+    updated_at: int = 0
+    ids: tuple[str, ...] = ()
+
+
+def run_open_webui(settings: OpenWebuiSettings, stop: threading.Event, *, once: bool) -> dict[str, int]:
+    """Poll until `stop` is set, or once; what is away is waited for. Returns what the last poll came to.
+
+    Raises ValueError where settings are missing, ConnectionError where the only poll failed.
+    """
+    if settings.url is None or settings.token is None:
+        raise ValueError(
+            "open_webui.url or open_webui.token is not set; expected Open WebUI's address and an admin's key"
+        )
+    while True:
+        counts: dict[str, int] = {}
+        try:
+            counts = asyncio.run(poll(settings))
+            log.info("ratings read", extra={"action": "ratings_read", **counts})
+        except ConnectionError as exc:
+            if once:
+                raise
+            log.warning("%s", exc, extra={"action": "open_webui_waits"})
+        if once or stop.wait(settings.poll_s):
+            return counts
+
+
+async def poll(settings: OpenWebuiSettings) -> dict[str, int]:
+    """Read the export once and send what is new, oldest first; returns {ratings, new, refused}.
+
+    Raises ConnectionError where Open WebUI or the gateway does not answer as it should; the next poll goes on there.
+    """
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(TIMEOUT_S)) as http:
+        url = f"{(settings.url or '').rstrip('/')}/{EXPORT}"
+        body = await _ask(http, "GET", url, settings.token, 200)
+        try:
+            ratings = msgspec.json.decode(body, type=list[Rating])
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise ConnectionError(f"{url}: not the export of Open WebUI's ratings: {exc}") from exc
+        seen = read_seen(settings.state)
+        new = sorted_new(ratings, seen)
+        refused = 0
+        for start in range(0, len(new), BATCH):
+            batch = new[start : start + BATCH]
+            votes = [vote for rating in batch if (vote := to_vote(rating)) is not None]
+            if votes:
+                refused += await _vote(http, settings, votes)
+            seen = advance(seen, batch)
+            write_seen(settings.state, seen)
+    return {"ratings": len(ratings), "new": len(new), "refused": refused}
+
+
+def sorted_new(ratings: Iterable[Rating], seen: Seen) -> list[Rating]:
+    """The ratings that changed since, in the order in which they did. Pure."""
+    new = (
+        rating
+        for rating in ratings
+        if rating.updated_at > seen.updated_at or (rating.updated_at == seen.updated_at and rating.id not in seen.ids)
+    )
+    return sorted(new, key=lambda rating: (rating.updated_at, rating.id))
+
+
+def advance(seen: Seen, batch: list[Rating]) -> Seen:
+    """How far the export was read behind the batch, which is not empty. Pure."""
+    last = batch[-1].updated_at
+    ids = tuple(rating.id for rating in batch if rating.updated_at == last)
+    return Seen(last, (*seen.ids, *ids) if last == seen.updated_at else ids)
+
+
+def to_vote(rating: Rating) -> dict[str, Any] | None:
+    """The vote; a rating that is neither good nor bad takes it back. None where it is on no message. Pure."""
+    if rating.data is None or rating.meta is None or not rating.meta.message_id:
+        return None
+    vote: dict[str, Any] = {
+        "message_id": rating.meta.message_id,
+        "value": {"1": "up", "-1": "down"}.get(str(rating.data.rating).removesuffix(".0"), "retract"),
+        "feedback_id": f"open-webui/{rating.id}/{rating.updated_at}",
+        "source": "open-webui",
+    }
+    if rating.user_id:
+        vote["rater"] = rating.user_id
+    if rating.data.comment:
+        vote["comment"] = rating.data.comment.replace("\0", "")[:5_000]
+    if rating.data.reason and rating.data.reason.isprintable():
+        vote["reasons"] = [rating.data.reason[:64]]
+    return vote
+
+
+def read_seen(path: Path) -> Seen:
+    """What an earlier poll has left; nothing at the first one. Raises ValueError for a file of something else."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Seen)
+    except FileNotFoundError:
+        return Seen()
+    except msgspec.DecodeError as exc:
+        raise ValueError(f"{path} is not what was left by a poll: {exc}; remove it to read all ratings again") from exc
+
+
+def write_seen(path: Path, seen: Seen) -> None:
+    """Replace the file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_name(path.name + ".new")
+    with made.open("wb") as file:
+        file.write(msgspec.json.encode(seen))
+        file.flush()
+        os.fsync(file.fileno())
+    made.rename(path)
+
+
+async def _vote(http: aiohttp.ClientSession, settings: OpenWebuiSettings, votes: list[dict[str, Any]]) -> int:
+    """Send the votes; returns how many of them the gateway refused."""
+    url = f"{settings.gateway_url.rstrip('/')}/v1/feedback"
+    body = await _ask(http, "POST", url, settings.api_key, 207, {"items": votes})
+    refused = [
+        (vote, result) for vote, result in zip(votes, json.loads(body)["items"], strict=True) if result["status"] != 202
+    ]
+    for vote, result in refused:
+        extra = {"action": "rating_refused", "feedback_id": vote["feedback_id"]}
+        log.warning("a rating was refused: %s", result["error"]["message"], extra=extra)
+    return len(refused)
+
+
+async def _ask(
+    http: aiohttp.ClientSession, method: str, url: str, key: SecretStr | None, status: int, body: Any = None
+) -> bytes:
+    """The body of an answer with this status. Raises ConnectionError for every other."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"}
+    try:
+        async with http.request(method, url, headers=headers, json=body) as response:
+            answer = await response.read()
+    except (aiohttp.ClientError, TimeoutError) as exc:
+        raise ConnectionError(f"{url} does not answer: {exc or type(exc).__name__}") from exc
+    if response.status != status:
+        said = answer[:200].decode(errors="replace")
+        raise ConnectionError(f"{url} answered {response.status}, expected {status}: {said}")
+    return answer
