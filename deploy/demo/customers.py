@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deploy.demo import world
 
-MAX_CONCURRENCY = 24
+MAX_CONCURRENCY = 48
+MAX_TOKENS = 120  # of an answer: rambling ones have 55
 RESPONSE_ID = "x-thumbwheel-response-id"
 CONVERSATION_ID = "X-Thumbwheel-Conversation-Id"
 
@@ -105,7 +106,7 @@ class Desk:
         conversation: str,
         stream: bool = False,
         temperature: float = 1.0,
-        max_tokens: int = 120,
+        max_tokens: int = MAX_TOKENS,
     ) -> tuple[str, str] | None:
         """The reply and its response id; None, and a failure in the tally, where the request failed."""
         async with self._limit:

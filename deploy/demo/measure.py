@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openai import AsyncOpenAI
 from rich.progress import track
 from tokenizers import Tokenizer
 
@@ -22,7 +23,7 @@ from deploy.demo import customers, world
 MODEL_DIR = Path(__file__).with_name("model")
 EVAL_SEED = 7
 EVAL_COUNT = 432
-PAIR_COUNT = 288  # questions asked twice; somewhat over half of the pairs can be told apart
+PAIR_COUNT = 720  # questions with two answers each; somewhat over half of the pairs can be told apart
 PAIR_SEED = 8
 VOTE_SEED = 9
 Row = dict[str, Any]
@@ -47,20 +48,17 @@ async def serve(
     *,
     model: str,
     api_key: str = "demo",
-    temperature: float = 0.0,
-    concurrency: int = customers.MAX_CONCURRENCY,
-    label: str = "evaluation",
     quiet: bool = False,
 ) -> Served:
-    """Asks every question once, in a conversation of its own, not streamed."""
-    async with customers.open_desk(base_url, api_key=api_key, model=model, concurrency=concurrency) as desk:
+    """Asks every question once at temperature 0, in a conversation of its own, not streamed."""
+    async with customers.open_desk(base_url, api_key=api_key, model=model) as desk:
         tasks = []
         for index, question in enumerate(asked):
-            name = f"{label}-{index:04d}"
+            name = f"evaluation-{index:04d}"
             messages: list[world.Message] = [{"role": "user", "content": question.text}]
-            ask = desk.ask(messages, rater=name, conversation=name, temperature=temperature)
+            ask = desk.ask(messages, rater=name, conversation=name, temperature=0.0)
             tasks.append(asyncio.create_task(ask))
-        for task in track(tasks, description=label, disable=quiet):
+        for task in track(tasks, description="evaluation", disable=quiet):
             await task
         got = [task.result() for task in tasks]
         kept = [(question, reply[0]) for question, reply in zip(asked, got, strict=True) if reply is not None]
@@ -113,14 +111,24 @@ async def preference_pairs(
     base_url: str, *, model: str, api_key: str = "demo", count: int = PAIR_COUNT, quiet: bool = False
 ) -> list[Row]:
     """Pairs of served answers, two samples at temperature 1 to each question; ask while the base still serves."""
+    limit = asyncio.Semaphore(customers.MAX_CONCURRENCY)
+
+    async def sample(openai: AsyncOpenAI, question: world.Question) -> list[str]:
+        async with limit:
+            answer = await openai.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": question.text}],
+                n=2,
+                temperature=1.0,
+                max_tokens=customers.MAX_TOKENS,
+            )
+        return [choice.message.content or "" for choice in answer.choices]
+
     asked = world.questions(PAIR_SEED, "eval", count)
-    twice = [*asked, *asked]
-    served = await serve(
-        base_url, twice, model=model, api_key=api_key, temperature=1.0, label="preference pairs", quiet=quiet
-    )
-    if served.failures:
-        raise ValueError(f"{len(served.failures)} of {len(twice)} samples failed: {served.failures[:3]}")
-    return tell_apart(asked, served.replies[:count], served.replies[count:])
+    async with AsyncOpenAI(base_url=base_url, api_key=api_key, timeout=120) as openai:
+        tasks = [asyncio.create_task(sample(openai, question)) for question in asked]
+        first, second = zip(*[await task for task in track(tasks, "preference pairs", disable=quiet)], strict=True)
+    return tell_apart(asked, first, second)
 
 
 def save_pairs(pairs: Sequence[Row], path: Path) -> None:

@@ -48,7 +48,7 @@ model = "{model}"
 base_name = "support-base"
 alias = "support"
 start = true
-start_args = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32"]
+start_args = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "64"]
 max_model_len = 512
 
 [gateway]
