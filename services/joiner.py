@@ -26,7 +26,6 @@ from typing import TypeVar
 
 from prometheus_client import start_http_server
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
 
 from loop import metrics
 from loop.join import Batch, read_batch
@@ -35,20 +34,19 @@ from loop.log.open import open_log
 from loop.settings import Settings
 from loop.store import open_store
 from loop.store.dead_letters import send_dead_letters
+from loop.store.engine import StoreUnavailableError, reaching
 from loop.store.joining import (
     Applied,
     Offsets,
     PositionMovedError,
     Reader,
     Span,
-    StoreUnavailableError,
     apply,
     pending_votes,
-    reaching,
     start_positions,
 )
+from services.waiting import RETRY_S, when_there
 
-RETRY_S = 1.0
 COMMIT_EVERY_S = 1.0
 LOOK_EVERY_S = 5.0
 SQLITE_TRANSACTION_S = 0.05  # other writers of the file wait for ours
@@ -62,8 +60,8 @@ def run_joiner(settings: Settings, stop: threading.Event) -> None:
     """Join until `stop` is set, then finish the batch in hand and leave the group. What is away is waited for."""
     server, thread = start_http_server(settings.joiner.metrics_port, addr=settings.gateway.host)
     try:
-        store = _when_there(lambda: open_store(settings.store), stop)
-        events = _when_there(lambda: open_log(settings.log), stop)
+        store = when_there(lambda: open_store(settings.store), stop, _say)
+        events = when_there(lambda: open_log(settings.log), stop, _say)
         if store is not None and events is not None:
             Joiner(settings, store, events).run(stop)
             events.close()
@@ -75,27 +73,16 @@ def run_joiner(settings: Settings, stop: threading.Event) -> None:
     log.info("stopped", extra={"action": "joiner_stopped"})
 
 
-def _when_there(make: Callable[[], T], stop: threading.Event) -> T | None:
-    """What `make` gives once it can be reached; None where we are to stop before."""
-    while not stop.is_set():
-        try:
-            return make()
-        except (LogUnavailableError, OperationalError) as exc:
-            _wait(exc, stop)
-    return None
-
-
 def _timed(do: Callable[[], T]) -> tuple[T, float]:
     began = time.monotonic()
     return do(), time.monotonic() - began
 
 
-def _wait(exc: Exception, stop: threading.Event) -> None:
-    """Say what is away, and give it a moment."""
+def _say(exc: Exception) -> None:
+    """Say what is away."""
     part = "log" if isinstance(exc, LogUnavailableError) else "store"
     metrics.joiner_up.labels(part).set(0)
     log.warning("waiting for the %s: %s", part, exc, extra={"action": "joiner_waits", "part": part})
-    stop.wait(RETRY_S)
 
 
 @dataclass(frozen=True)
@@ -139,7 +126,7 @@ class Joiner:
 
     def run(self, stop: threading.Event) -> None:
         """Rounds until `stop` is set."""
-        consumer = _when_there(lambda: self._events.consumer(self._settings.group, self._topics), stop)
+        consumer = when_there(lambda: self._events.consumer(self._settings.group, self._topics), stop, _say)
         if consumer is None:
             return
         log.info("joining %s", ", ".join(self._topics), extra={"action": "joiner_started"})
@@ -153,7 +140,8 @@ class Joiner:
                     log.warning("%s: reading on where the store is", exc, extra={"action": "joiner_moved"})
                 except (StoreUnavailableError, LogUnavailableError) as exc:
                     result = "unavailable"
-                    _wait(exc, stop)
+                    _say(exc)
+                    stop.wait(RETRY_S)
                     self._look_at = 0.0  # they say when it is back
                 metrics.joiner_batches.labels(result).inc()
                 self._next.clear()  # what was polled is not joined: every partition is sought anew
