@@ -110,6 +110,7 @@ class Joiner:
         self._in_hand: InHand | None = None
         self._owned: set[int] = set()
         self._current_at: dict[tuple[str, int], float] = {}  # what came before this (Unix seconds) is joined
+        self._unseen: set[tuple[str, int]] = set()
         self._max_events = settings.joiner.batch_events
         self._has_letters = True  # an earlier process may have left some
         self._commit_at = self._look_at = 0.0
@@ -255,19 +256,26 @@ class Joiner:
         metrics.joiner_pending_votes.set(pending)
         metrics.joiner_pending_oldest_seconds.set(0 if oldest_ms is None else now - oldest_ms / 1000)
         positions = self.positions
-        for topic in self._topics:
-            for partition, end in self._events.end_offsets(topic).items():
-                place = (topic, partition)
-                if place not in positions:
-                    continue
-                lag = end - positions[place]
-                metrics.joiner_lag_records.labels(topic, str(partition)).set(lag)
-                if lag <= 0:
-                    self._current_at[place] = now
-                if place in self._current_at:
-                    metrics.joiner_lag_seconds.labels(topic, str(partition)).set(now - self._current_at[place])
+        ends = {(topic, n): end for topic in self._topics for n, end in self._events.end_offsets(topic).items()}
+        for place in positions.keys() & ends.keys():
+            lag = ends[place] - positions[place]
+            metrics.joiner_lag_records.labels(place[0], str(place[1])).set(lag)
+            if lag <= 0:
+                self._current_at[place] = now
+            if place in self._current_at:
+                metrics.joiner_lag_seconds.labels(place[0], str(place[1])).set(now - self._current_at[place])
+        self._show_unseen(positions.keys() - ends.keys())
         for part in ("log", "store"):
             metrics.joiner_up.labels(part).set(1)
+
+    def _show_unseen(self, unseen: set[tuple[str, int]]) -> None:
+        """Partitions without a leader: the others are joined meanwhile."""
+        for topic in self._topics:
+            metrics.joiner_unseen_partitions.labels(topic).set(sum(place[0] == topic for place in unseen))
+        if unseen != self._unseen:
+            self._unseen = unseen
+            places = [f"{topic} {partition}" for topic, partition in sorted(unseen)]
+            log.warning("no broker leads: %s", ", ".join(places) or "none", extra={"action": "joiner_unseen"})
 
     def _count(self, records: list[Record], batch: Batch, applied: Applied) -> None:
         metrics.joiner_batches.labels("committed").inc()
