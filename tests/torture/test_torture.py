@@ -44,16 +44,16 @@ async def test_with_kafka_away_under_load_all_arrives_afterwards_in_order(
         load = asyncio.create_task(put_load([gateway.url], 16, 2, stop))
         await asyncio.to_thread(wait_until, lambda: sum_of_ends(stage) > 100, "in Kafka")
         await asyncio.to_thread(kafka.stop, kill=True)
-        await asyncio.to_thread(wait_until, lambda: stage.unsent() > 500, "waiting")
+        await asyncio.to_thread(wait_until, lambda: stage.unsent() > 300, "waiting")
         gateway.end(signal.SIGKILL)
         gateway.start()
-        await asyncio.to_thread(wait_until, lambda: stage.unsent() > 1_000, "waiting for longer")
+        await asyncio.to_thread(wait_until, lambda: stage.unsent() > 600, "waiting for longer")
         await asyncio.to_thread(kafka.start)
         stop.set()
         found = await asyncio.to_thread(settle_and_judge, stage, await load)
     finally:
         stage.kill()
-    assert found.pop("events") > 1_100
+    assert found.pop("events") > 700
     assert found == {"lost": 0, "doubled": 0, "wrong_label": 0}
     log = open_log(stage.settings.log)
     stamps: dict[str, dict[str, int]] = {}
@@ -63,7 +63,7 @@ async def test_with_kafka_away_under_load_all_arrives_afterwards_in_order(
             stamps.setdefault(record.key, {}).setdefault(event.id, event.data.hlc)  # what was sent again counts once
     log.close()
     gc.collect()
-    assert any(len(of_key) > 3 for of_key in stamps.values())
+    assert any(len(of_key) > 1 for of_key in stamps.values())
     assert all(list(of_key.values()) == sorted(of_key.values()) for of_key in stamps.values())
 
 
