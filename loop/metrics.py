@@ -41,6 +41,9 @@ joiner_lag_seconds = Gauge(
     "thumbwheel_joiner_lag_seconds", "Upper bound of the oldest such record's age.", ["topic", "partition"]
 )
 joiner_rebalances = Counter("thumbwheel_joiner_rebalances", "Changes of the partitions that a joiner owns.")
+joiner_unseen_partitions = Gauge(
+    "thumbwheel_joiner_unseen_partitions", "Partitions of ours that have no broker to lead them now.", ["topic"]
+)
 joiner_up = Gauge("thumbwheel_joiner_up", "Whether log and store answered when last asked.", ["part"])
 joiner_votes = Counter("thumbwheel_joiner_votes", "New votes, by value.", ["value"])
 joiner_duplicates = Counter("thumbwheel_joiner_duplicates", "Events seen before, by topic.", ["topic"])

@@ -83,7 +83,8 @@ class GatewaySettings(Section):
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * 1024 * 1024
     """Largest request body."""
     spool_quota_bytes: Annotated[int, Field(ge=1 << 20)] = 4 * 1024**3
-    """Disk that waiting responses may take; past it they are dropped and counted, feedback never."""
+    """Disk that records may take which wait for Kafka or, in the embedded log, for the joiner (what is joined does not
+    count); past it, and with less than 256 MiB free on the disk, responses are dropped and counted, feedback never."""
     capture_timeout_s: Annotated[float, Field(gt=0, le=5)] = 0.05
     """Longest wait for the spool before the last byte of a response is sent."""
     route_poll_s: Annotated[float, Field(gt=0, le=60)] = 0.5

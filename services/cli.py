@@ -352,7 +352,7 @@ def log_(
     from loop.log.open import open_log
     from loop.store import open_store
     from loop.store.dead_letters import replay_dead_letters
-    from loop.store.joining import reaching
+    from loop.store.engine import reaching
     from services.log_view import choose, describe_log, show_log
 
     tree = _settings(settings)

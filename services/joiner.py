@@ -26,7 +26,6 @@ from typing import TypeVar
 
 from prometheus_client import start_http_server
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
 
 from loop import metrics
 from loop.join import Batch, read_batch
@@ -35,20 +34,19 @@ from loop.log.open import open_log
 from loop.settings import Settings
 from loop.store import open_store
 from loop.store.dead_letters import send_dead_letters
+from loop.store.engine import StoreUnavailableError, reaching
 from loop.store.joining import (
     Applied,
     Offsets,
     PositionMovedError,
     Reader,
     Span,
-    StoreUnavailableError,
     apply,
     pending_votes,
-    reaching,
     start_positions,
 )
+from services.waiting import RETRY_S, when_there
 
-RETRY_S = 1.0
 COMMIT_EVERY_S = 1.0
 LOOK_EVERY_S = 5.0
 SQLITE_TRANSACTION_S = 0.05  # other writers of the file wait for ours
@@ -62,8 +60,8 @@ def run_joiner(settings: Settings, stop: threading.Event) -> None:
     """Join until `stop` is set, then finish the batch in hand and leave the group. What is away is waited for."""
     server, thread = start_http_server(settings.joiner.metrics_port, addr=settings.gateway.host)
     try:
-        store = _when_there(lambda: open_store(settings.store), stop)
-        events = _when_there(lambda: open_log(settings.log), stop)
+        store = when_there(lambda: open_store(settings.store), stop, _say)
+        events = when_there(lambda: open_log(settings.log), stop, _say)
         if store is not None and events is not None:
             Joiner(settings, store, events).run(stop)
             events.close()
@@ -75,27 +73,16 @@ def run_joiner(settings: Settings, stop: threading.Event) -> None:
     log.info("stopped", extra={"action": "joiner_stopped"})
 
 
-def _when_there(make: Callable[[], T], stop: threading.Event) -> T | None:
-    """What `make` gives once it can be reached; None where we are to stop before."""
-    while not stop.is_set():
-        try:
-            return make()
-        except (LogUnavailableError, OperationalError) as exc:
-            _wait(exc, stop)
-    return None
-
-
 def _timed(do: Callable[[], T]) -> tuple[T, float]:
     began = time.monotonic()
     return do(), time.monotonic() - began
 
 
-def _wait(exc: Exception, stop: threading.Event) -> None:
-    """Say what is away, and give it a moment."""
+def _say(exc: Exception) -> None:
+    """Say what is away."""
     part = "log" if isinstance(exc, LogUnavailableError) else "store"
     metrics.joiner_up.labels(part).set(0)
     log.warning("waiting for the %s: %s", part, exc, extra={"action": "joiner_waits", "part": part})
-    stop.wait(RETRY_S)
 
 
 @dataclass(frozen=True)
@@ -123,6 +110,7 @@ class Joiner:
         self._in_hand: InHand | None = None
         self._owned: set[int] = set()
         self._current_at: dict[tuple[str, int], float] = {}  # what came before this (Unix seconds) is joined
+        self._unseen: set[tuple[str, int]] = set()
         self._max_events = settings.joiner.batch_events
         self._has_letters = True  # an earlier process may have left some
         self._commit_at = self._look_at = 0.0
@@ -139,7 +127,7 @@ class Joiner:
 
     def run(self, stop: threading.Event) -> None:
         """Rounds until `stop` is set."""
-        consumer = _when_there(lambda: self._events.consumer(self._settings.group, self._topics), stop)
+        consumer = when_there(lambda: self._events.consumer(self._settings.group, self._topics), stop, _say)
         if consumer is None:
             return
         log.info("joining %s", ", ".join(self._topics), extra={"action": "joiner_started"})
@@ -153,7 +141,8 @@ class Joiner:
                     log.warning("%s: reading on where the store is", exc, extra={"action": "joiner_moved"})
                 except (StoreUnavailableError, LogUnavailableError) as exc:
                     result = "unavailable"
-                    _wait(exc, stop)
+                    _say(exc)
+                    stop.wait(RETRY_S)
                     self._look_at = 0.0  # they say when it is back
                 metrics.joiner_batches.labels(result).inc()
                 self._next.clear()  # what was polled is not joined: every partition is sought anew
@@ -267,19 +256,26 @@ class Joiner:
         metrics.joiner_pending_votes.set(pending)
         metrics.joiner_pending_oldest_seconds.set(0 if oldest_ms is None else now - oldest_ms / 1000)
         positions = self.positions
-        for topic in self._topics:
-            for partition, end in self._events.end_offsets(topic).items():
-                place = (topic, partition)
-                if place not in positions:
-                    continue
-                lag = end - positions[place]
-                metrics.joiner_lag_records.labels(topic, str(partition)).set(lag)
-                if lag <= 0:
-                    self._current_at[place] = now
-                if place in self._current_at:
-                    metrics.joiner_lag_seconds.labels(topic, str(partition)).set(now - self._current_at[place])
+        ends = {(topic, n): end for topic in self._topics for n, end in self._events.end_offsets(topic).items()}
+        for place in positions.keys() & ends.keys():
+            lag = ends[place] - positions[place]
+            metrics.joiner_lag_records.labels(place[0], str(place[1])).set(lag)
+            if lag <= 0:
+                self._current_at[place] = now
+            if place in self._current_at:
+                metrics.joiner_lag_seconds.labels(place[0], str(place[1])).set(now - self._current_at[place])
+        self._show_unseen(positions.keys() - ends.keys())
         for part in ("log", "store"):
             metrics.joiner_up.labels(part).set(1)
+
+    def _show_unseen(self, unseen: set[tuple[str, int]]) -> None:
+        """Partitions without a leader: the others are joined meanwhile."""
+        for topic in self._topics:
+            metrics.joiner_unseen_partitions.labels(topic).set(sum(place[0] == topic for place in unseen))
+        if unseen != self._unseen:
+            self._unseen = unseen
+            places = [f"{topic} {partition}" for topic, partition in sorted(unseen)]
+            log.warning("no broker leads: %s", ", ".join(places) or "none", extra={"action": "joiner_unseen"})
 
     def _count(self, records: list[Record], batch: Batch, applied: Applied) -> None:
         metrics.joiner_batches.labels("committed").inc()

@@ -27,8 +27,9 @@ def choose(settings: LogSettings, topic: str | None, partition: int | None, offs
 
 def describe_log(store: Engine, log: EventLog, settings: Settings, chosen: Chosen) -> dict[str, Any]:
     """{"partitions": [{topic, partition, end, position, lag, dead_letters, replayed}], "dead_letters": [{topic,
-    partition, offset, reason, sent}]}: every partition's next offset, the joiner's, the records between them and how
-    many dead letters are to be replayed or were; the first LISTED of the chosen ones to be replayed.
+    partition, offset, log_id, reason, sent}]}: every partition's next offset, the joiner's, the records between them
+    and how many dead letters are to be replayed or were; the first LISTED of the chosen ones to be replayed. Of a
+    partition whose broker is away, end and lag are None.
 
     Raises LogUnavailableError, and what the store raises.
     """
@@ -37,10 +38,11 @@ def describe_log(store: Engine, log: EventLog, settings: Settings, chosen: Chose
     positions = read_positions(store, Reader(settings.joiner.group, log.identity()))
     partitions = []
     for n, topic in enumerate((settings.log.responses_topic, settings.log.feedback_topic)):
-        for partition, end in sorted(log.end_offsets(topic).items()):
-            position = positions.get(partition, Offsets(0, 0))[n]
+        ends = log.end_offsets(topic)
+        for partition in sorted(ends.keys() | positions.keys()):
+            end, position = ends.get(partition), positions.get(partition, Offsets(0, 0))[n]
             waiting, replayed = counts.get((topic, partition), (0, 0))
-            offsets = {"end": end, "position": position, "lag": end - position}
+            offsets = {"end": end, "position": position, "lag": None if end is None else end - position}
             letters = {"dead_letters": waiting, "replayed": replayed}
             partitions.append({"topic": topic, "partition": partition, **offsets, **letters})
     return {"partitions": partitions, "dead_letters": list_dead_letters(store, chosen, LISTED)}
@@ -51,7 +53,7 @@ def show_log(described: dict[str, Any], console: Console) -> None:
     figures = ("partition", "end", "joined", "lag", "dead letters", "replayed")
     partitions = Table("topic", *map(_number, figures))
     for state in described["partitions"]:
-        partitions.add_row(*map(str, state.values()))
+        partitions.add_row(*("?" if value is None else str(value) for value in state.values()))
     console.print(partitions)
     letters = Table("topic", _number("partition"), _number("offset"), f"in {SUFFIX}", "why it is a dead letter")
     for found in described["dead_letters"]:

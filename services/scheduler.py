@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.cron import CronTrigger
@@ -32,6 +33,7 @@ from loop.store import open_store
 from loop.store.retention import retire
 from loop.store.routes import RouteChangedError
 from loop.store.runs import Run, drop_lease, next_run, request_run, take_lease
+from services.waiting import RETRY_S, when_there
 
 TIDY_S = 3600.0
 
@@ -39,10 +41,14 @@ log = logging.getLogger("thumbwheel.scheduler")
 
 
 def run_scheduler(settings: Settings, stop: threading.Event) -> None:
-    """Serve until `stop` is set. A run in progress is interrupted at its stage and resumed by the next start."""
-    store = open_store(settings.store)
+    """Serve until `stop` is set. A run in progress is interrupted at its stage and resumed by the next start. A store
+    that is away is waited for.
+    """
     clock = settings.scheduler
     start_http_server(clock.metrics_port, addr=settings.gateway.host)
+    store = when_there(lambda: open_store(settings.store), stop, _say)
+    if store is None:
+        return
     fleet = open_fleet(settings, store)
     holder = f"{socket.gethostname()}-{os.getpid()}"
     lead_s = max(clock.lease_s, 10 * clock.tick_s)
@@ -53,7 +59,11 @@ def run_scheduler(settings: Settings, stop: threading.Event) -> None:
         if _take(store, "rollout", holder, lead_s):  # of several schedulers, one leads
             ask_for_run(store)
 
-    scheduler.add_job(ask, trigger, id="clock", coalesce=True, misfire_grace_time=3600)
+    def ask_when_there() -> None:  # a night is not skipped because the store is away at that moment
+        while not stop.is_set() and not _does(ask):
+            stop.wait(RETRY_S)
+
+    scheduler.add_job(ask_when_there, trigger, id="clock", coalesce=True, misfire_grace_time=3600)
 
     def work() -> None:
         run = next_run(store)
@@ -67,7 +77,7 @@ def run_scheduler(settings: Settings, stop: threading.Event) -> None:
             return
         try:
             tick(fleet, int(time.time() * 1000))
-        except (EngineError, RouteChangedError, SQLAlchemyError) as exc:
+        except (EngineError, RouteChangedError) as exc:
             log.error("rollout not looked at", extra={"action": "watch_failed", "why": str(exc)})
 
     def tidy() -> None:
@@ -75,14 +85,29 @@ def run_scheduler(settings: Settings, stop: threading.Event) -> None:
             tidy_up(store, settings.store.retention_s, stop)
 
     for name, job, seconds in (("work", work, clock.tick_s), ("watch", watch, clock.tick_s), ("tidy", tidy, TIDY_S)):
-        scheduler.add_job(job, "interval", seconds=seconds, id=name, max_instances=1, coalesce=True)
+        scheduler.add_job(partial(_does, job), "interval", seconds=seconds, id=name, max_instances=1, coalesce=True)
     scheduler.modify_job("tidy", next_run_time=datetime.now(UTC))
     scheduler.start()
     log.info("scheduler started", extra={"action": "started", "next_run": scheduler.get_job("clock").next_run_time})
     stop.wait()
     scheduler.shutdown(wait=True)
-    drop_lease(store, "rollout", holder)
+    _does(lambda: drop_lease(store, "rollout", holder))
     store.dispose()
+
+
+def _does(job: Callable[[], object]) -> bool:
+    """Whether the job could be done: not so where the store is away, and it is done again at its next time."""
+    try:
+        job()
+    except SQLAlchemyError as exc:
+        why = str(exc).split("\n")[0]
+        log.warning("store not reached: %s", why, extra={"action": "store_failed"})
+        return False
+    return True
+
+
+def _say(exc: Exception) -> None:
+    log.warning("waiting for the store: %s", exc, extra={"action": "scheduler_waits"})
 
 
 def work_on(settings: Settings, fleet: Fleet, run: Run, holder: str, stop: threading.Event) -> bool:
@@ -96,7 +121,7 @@ def work_on(settings: Settings, fleet: Fleet, run: Run, holder: str, stop: threa
         except Interrupted as exc:
             log.warning("run interrupted", extra={"action": "run_interrupted", "run": run.run_id, "why": str(exc)})
         finally:
-            drop_lease(store, "run", holder)
+            _does(lambda: drop_lease(store, "run", holder))  # else it runs out
     return True
 
 

@@ -49,6 +49,7 @@ class RealKafka:
     listeners: dict[str, int] = field(default_factory=dict)  # beside PLAINTEXT: security protocol → port
     properties: dict[str, object] = field(default_factory=dict)  # beside those below
     format_arguments: tuple[str, ...] = ()
+    first: RealKafka | None = None  # the broker of its cluster that is also the controller; else it is one itself
     process: subprocess.Popen[bytes] | None = None
     crash: ClassVar = {"kill": True}
 
@@ -70,8 +71,8 @@ class RealKafka:
         run = ["java", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
         if not properties.exists():
             properties.write_text(self._properties())
-            made = ["-Xmx128m", "kafka.tools.StorageTool", "format", "--standalone", "--cluster-id"]
-            made += ["dGh1bWJ3aGVlbC10ZXN0MQ", "--config", str(properties), *self.format_arguments]
+            made = ["-Xmx128m", "kafka.tools.StorageTool", "format", *(() if self.first else ("--standalone",))]
+            made += ["--cluster-id", "dGh1bWJ3aGVlbC10ZXN0MQ", "--config", str(properties), *self.format_arguments]
             subprocess.run([*run, *made], env=environment, check=True, capture_output=True, timeout=START_S)
         with (self.folder / "broker.log").open("ab") as log:
             command = [*run, "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "kafka.Kafka", str(properties)]
@@ -89,11 +90,11 @@ class RealKafka:
         listeners = {"PLAINTEXT": port} | self.listeners
         advertised = ",".join(f"{protocol}://127.0.0.1:{port}" for protocol, port in listeners.items())
         values: dict[str, object] = {
-            "process.roles": "broker,controller",
-            "node.id": 1,
-            "listeners": f"{advertised},CONTROLLER://127.0.0.1:{controller}",
+            "process.roles": "broker" if self.first else "broker,controller",
+            "node.id": 2 if self.first else 1,
+            "listeners": advertised if self.first else f"{advertised},CONTROLLER://127.0.0.1:{controller}",
             "advertised.listeners": advertised,
-            "controller.quorum.bootstrap.servers": f"127.0.0.1:{controller}",
+            "controller.quorum.bootstrap.servers": f"127.0.0.1:{(self.first or self).ports[1]}",
             "controller.listener.names": "CONTROLLER",
             "listener.security.protocol.map": ",".join(["CONTROLLER:PLAINTEXT", *(f"{p}:{p}" for p in listeners)]),
             "log.dirs": self.folder / "log",

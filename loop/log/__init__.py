@@ -67,7 +67,7 @@ class EventLog(Protocol):
     def consumer(self, group: str, topics: Sequence[str]) -> Consumer: ...
 
     def end_offsets(self, topic: str) -> dict[int, int]:
-        """The next offset of each partition."""
+        """The next offset of each partition; those that no broker leads now are left out."""
 
     def identity(self) -> str:
         """What offsets belong to: another one, once topics or file were made anew. Raises LogUnavailableError."""

@@ -1,8 +1,8 @@
 """The embedded log: topics, partitions, offsets and groups in one SQLite file of its own, for one machine.
 
 The gateways' spool is the same class: there `write` (survives kill -9) and `sync` (survives a power cut) are called
-apart, `used_bytes` is held against the quota, and `drop_before` frees what was forwarded. It knows nothing of what the
-bytes mean.
+apart, `waiting_bytes` is held against the quota, and `drop_before` frees what was forwarded. It knows nothing of what
+the bytes mean.
 
 One object may be used by several threads (its methods take turns on one connection); each consumer has a connection of
 its own and reads while others write.
@@ -135,6 +135,24 @@ class EmbeddedLog:
                 for name in ("page_count", "freelist_count", "page_size")
             )
         return int((pages - free) * size)
+
+    def waiting_bytes(self, group: str, topics: Sequence[str]) -> int:
+        """Disk that the topics' records take which the group has not committed, at the size of the average record: so
+        it looks at no value, and is asked often.
+        """
+        first = f"""coalesce((
+            SELECT id FROM records WHERE id >= slot << {OFFSET_BITS} AND id < (slot + 1) << {OFFSET_BITS}
+            ORDER BY id LIMIT 1
+        ), {NEXT_ID})"""
+        query = f"""SELECT {first}, (slot << {OFFSET_BITS}) + coalesce(committed.next, 0), {NEXT_ID}
+            FROM slots LEFT JOIN committed ON consumer_group = ?
+                AND committed.topic = slots.topic AND committed.partition = slots.partition
+            WHERE slots.topic IN (SELECT value FROM json_each(?))"""
+        with self._lock, unavailable(self.path):
+            rows = self._connection.execute(query, (group, json.dumps(topics))).fetchall()
+        held = sum(end - first for first, _, end in rows)
+        waiting = sum(max(0, end - max(first, committed)) for first, committed, end in rows)
+        return self.used_bytes() * waiting // held if held else 0
 
     # --- freeing -----------------------------------------------------------------------------------------------------
 

@@ -6,14 +6,16 @@ alike. Offsets are committed only for lag tools: where to read on is what the st
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
 from kafka.coordinator.assignors.range import RangePartitionAssignor
 from kafka.errors import (
     CommitFailedError,
@@ -33,6 +35,7 @@ from loop.settings import LogSettings
 BOOTSTRAP_S = 5.0
 REQUEST_S = 10.0
 DELIVERY_S = 30.0
+CLOSE_S = 2.0
 SESSION_TIMEOUT_S = 10.0  # above the store's idle-in-transaction limit: a zombie has no lock left when it is replaced
 
 log = logging.getLogger("thumbwheel.log")
@@ -51,6 +54,8 @@ class KafkaLog:
         self._client = _client_settings(settings)
         self._lock = threading.Lock()
         self._producer: Any = None
+        self._is_sound = True  # the producer: it has failed no batch
+        self._asker_lock = threading.Lock()
         self._asker: Any = None
         with self._reaching():
             _prepare_topics(settings, self._client)
@@ -59,32 +64,52 @@ class KafkaLog:
         """On all in-sync replicas when it returns. Raises LogUnavailableError, and RecordTooLargeError for one that no
         try can bring in; either way some of the records may have been taken, so appending again may double them.
         """
+        try:
+            self.send(records).result(DELIVERY_S)
+        except TimeoutError as exc:
+            self.give_up()
+            where = ", ".join(self._client["bootstrap_servers"])
+            raise LogUnavailableError(f"Kafka at {where}: not acknowledged within {DELIVERY_S:.0f} s") from exc
+
+    def send(self, records: Sequence[NewRecord]) -> Future[None]:
+        """Begin to append; what is returned is done when `append` would return, and fails as that does. While brokers
+        are away it is open, and all of it is written when they are back, unless `give_up` comes before. Raises
+        LogUnavailableError where no broker answers at all, with nothing begun.
+        """
+        sent: Future[None] = Future()
+        taken = itertools.count()  # `next` is atomic: the client calls back in two threads
+
+        def acknowledged(_: object) -> None:
+            if next(taken) == len(records):
+                sent.set_result(None)
+
+        def refused(exc: Exception) -> None:
+            # After one batch that cannot be written, kafka-python 3.0.12 fails all others and all that come, with the
+            # same error: only the first failure says what was wrong with its record.
+            error = exc if self._is_first_failure(producer) else KafkaError("the producer failed and is made anew")
+            with suppress(InvalidStateError):
+                sent.set_exception(self._ours(error))
+
         with self._reaching():
-            with self._lock:
-                if self._producer is None:
-                    self._producer = KafkaProducer(
-                        **self._client,
-                        acks="all",
-                        enable_idempotence=True,
-                        linger_ms=5,
-                        batch_size=min(256 * 1024, self._settings.max_message_bytes),
-                        max_request_size=self._settings.max_message_bytes,
-                        max_block_ms=int(REQUEST_S * 1000),
-                        delivery_timeout_ms=int(DELIVERY_S * 1000),
-                        request_timeout_ms=int(REQUEST_S * 1000),
-                    )
-            futures = [
-                self._producer.send(
-                    record.topic,
-                    key=record.key.encode(),
-                    value=record.value,
-                    headers=[(name, value.encode()) for name, value in record.headers.items()],
-                )
-                for record in records
-            ]
-            self._producer.flush(timeout=DELIVERY_S)
-            for future in futures:
-                future.get(timeout=DELIVERY_S)
+            producer = self._open_producer()
+        try:
+            with self._reaching():
+                for record in records:
+                    headers = [(name, value.encode()) for name, value in record.headers.items()]
+                    future = producer.send(record.topic, key=record.key.encode(), value=record.value, headers=headers)
+                    future.add_callback(acknowledged).add_errback(refused)
+            acknowledged(None)  # the last of len(records) + 1: not before all are with the producer
+        except (LogUnavailableError, RecordTooLargeError) as exc:
+            with suppress(InvalidStateError):
+                sent.set_exception(exc)
+        return sent
+
+    def give_up(self) -> None:
+        """Let go of what was sent and not acknowledged: it fails. The next `send` has a new producer."""
+        with self._lock:
+            producer, self._producer, self._is_sound = self._producer, None, True
+        if producer is not None:
+            _discard(producer)  # not under the lock, which its last callbacks take
 
     def consumer(self, group: str, topics: Sequence[str]) -> KafkaGroupConsumer:
         """A new member of the group. Raises LogUnavailableError."""
@@ -105,29 +130,75 @@ class KafkaLog:
         return KafkaGroupConsumer(consumer, self._client["bootstrap_servers"])
 
     def end_offsets(self, topic: str) -> dict[int, int]:
-        """The next offset of each partition. Raises LogUnavailableError."""
-        with self._lock, self._reaching():
-            if self._asker is None:
-                self._asker = KafkaConsumer(**self._client, enable_auto_commit=False)
-            numbers = self._asker.partitions_for_topic(topic) or ()
-            places = [TopicPartition(topic, number) for number in sorted(numbers)]
-            ends = self._asker.end_offsets(places, timeout_ms=int(REQUEST_S * 1000))
-            return {place.partition: int(end) for place, end in ends.items()}
+        """The next offset of each partition that has a leader to ask. Raises LogUnavailableError."""
+        with self._asking() as admin:
+            partitions = [partition for found in admin.describe_topics([topic]) for partition in found["partitions"]]
+            led = sorted(partition["partition_index"] for partition in partitions if partition["leader_id"] >= 0)
+            asked = {TopicPartition(topic, number): OffsetSpec.LATEST for number in led}
+            ends = admin.list_partition_offsets(asked, timeout_ms=int(REQUEST_S * 1000))
+            return {place.partition: ends[place].offset for place in asked}
 
     def identity(self) -> str:
         """The cluster's id and those of the two topics. Raises LogUnavailableError."""
         pair = [self._settings.responses_topic, self._settings.feedback_topic]
-        with self._reaching(), _admin(self._client) as admin:  # a kept one is lost for a while when brokers go away
+        with self._asking() as admin:
             ids = {topic["name"]: str(topic["topic_id"]) for topic in admin.describe_topics(pair)}
             return " ".join([str(admin.describe_cluster()["cluster_id"]), *(ids[topic] for topic in pair)])
 
     def close(self) -> None:
         """Close the connections; what `append` returned from is with the brokers."""
-        with self._lock:
-            if self._producer is not None:
-                self._producer.close(timeout=REQUEST_S)
+        self.give_up()
+        with self._asker_lock:
             if self._asker is not None:
-                self._asker.close(autocommit=False)
+                self._asker.close()
+
+    def _open_producer(self) -> Any:
+        if not self._is_sound:
+            self.give_up()
+        with self._lock:
+            if self._producer is None:
+                self._producer = KafkaProducer(
+                    **self._client,
+                    acks="all",
+                    enable_idempotence=True,
+                    linger_ms=5,
+                    batch_size=min(256 * 1024, self._settings.max_message_bytes),
+                    max_request_size=self._settings.max_message_bytes,
+                    max_block_ms=int(REQUEST_S * 1000),
+                    request_timeout_ms=int(REQUEST_S * 1000),
+                    # For ever: once a batch that was tried runs out of time, kafka-python 3.0.12 never sends again.
+                    delivery_timeout_ms=2**31 - 1,
+                )
+            return self._producer
+
+    def _is_first_failure(self, producer: Any) -> bool:
+        """Whether it is the producer's first one; the next `send` has a new producer."""
+        with self._lock:
+            was_sound = self._is_sound and self._producer is producer
+            if was_sound:
+                self._is_sound = False
+            return was_sound
+
+    @contextmanager
+    def _asking(self) -> Iterator[Any]:
+        """An admin client, which is kept until it fails: then it is lost for a while, whoever is there again."""
+        with self._asker_lock, self._reaching():
+            if self._asker is None:
+                self._asker = KafkaAdminClient(**self._client, request_timeout_ms=int(REQUEST_S * 1000))
+            try:
+                yield self._asker
+            except BaseException:
+                asker, self._asker = self._asker, None
+                asker.close()
+                raise
+
+    def _ours(self, exc: Exception) -> Exception:
+        """The client's error as ours."""
+        try:
+            with self._reaching():
+                raise exc
+        except Exception as ours:
+            return ours
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -240,6 +311,13 @@ def _client_settings(settings: LogSettings) -> dict[str, Any]:
         "ssl_keyfile": settings.ssl_keyfile,
     }
     return found | {name: str(path) for name, path in files.items() if path is not None}
+
+
+def _discard(producer: Any) -> None:
+    """Close it at once; what it still holds fails."""
+    producer._sender.force_close()  # else `close` waits for what cannot be delivered, and raises in the end
+    with suppress(KafkaError):
+        producer.close(timeout=CLOSE_S)
 
 
 @contextmanager

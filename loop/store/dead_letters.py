@@ -15,7 +15,7 @@ from loop.store.schema import dead_letters
 PAGE = 500
 SUFFIX = ".dlt"
 _columns = dead_letters.c
-_place = (_columns.topic, _columns.partition, _columns.offset)
+_place = (_columns.topic, _columns.partition, _columns.offset, _columns.log_id)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def count_dead_letters(engine: Engine) -> dict[tuple[str, int], tuple[int, int]]
 
 
 def list_dead_letters(engine: Engine, chosen: Chosen, limit: int) -> list[dict[str, Any]]:
-    """The first of those to be replayed: {topic, partition, offset, reason, sent}, by place."""
+    """The first of those to be replayed: {topic, partition, offset, log_id, reason, sent}, by place."""
     query = select(*_place, _columns.reason, _columns.sent).where(_columns.replayed.is_(False), chosen.condition())
     with engine.connect() as connection:
         return [row._asdict() for row in connection.execute(query.order_by(*_place).limit(limit))]
@@ -62,19 +62,24 @@ def replay_dead_letters(engine: Engine, log: EventLog, chosen: Chosen) -> int:
 
     Killed in between, it appends some twice (events count once), loses none. Raises as `send_dead_letters` does.
     """
-    query = select(*_place[:2], func.max(_columns.offset)).where(_columns.replayed.is_(False), chosen.condition())
+    part = (_columns.topic, _columns.partition, _columns.log_id)
+    query = select(*part, func.max(_columns.offset)).where(_columns.replayed.is_(False), chosen.condition())
     with engine.connect() as connection:
-        lasts = connection.execute(query.group_by(*_place[:2])).all()
+        lasts = connection.execute(query.group_by(*part)).all()
     # What is still broken the joiner makes a dead letter again, behind the last: this replay must not chase its tail.
     return sum(
         _append_and_mark(
             engine,
             log,
             _columns.replayed,
-            and_(chosen.condition(), _columns.topic == topic, _columns.partition == partition, _columns.offset <= last),
+            and_(
+                chosen.condition(),
+                *(column == value for column, value in zip(part, those, strict=True)),
+                _columns.offset <= last,
+            ),
             lambda row: NewRecord(row.topic, row.key, bytes(row.value)),
         )
-        for topic, partition, last in lasts
+        for *those, last in lasts
     )
 
 
@@ -105,6 +110,6 @@ def _append_and_mark(
             return done
         log.append([make(row) for row in rows])
         with write(engine) as connection:
-            places = [(row.topic, row.partition, row.offset) for row in rows]
+            places = [(row.topic, row.partition, row.offset, row.log_id) for row in rows]
             connection.execute(update(dead_letters).where(tuple_(*_place).in_(places)).values({mark: True}))
         done += len(rows)

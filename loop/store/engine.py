@@ -21,7 +21,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 
 from loop.settings import StoreSettings
 from loop.store.schema import REVISION, metadata
@@ -39,20 +39,49 @@ _SCHEMA_LOCK = 0x7468756D62  # any constant will do; "thumb"
 _WRITES = "thumbwheel_writes"
 
 
+class StoreUnavailableError(ConnectionError):
+    """The store cannot be reached now, or ended the transaction; it was rolled back, to be tried again."""
+
+
 def open_store(settings: StoreSettings) -> Engine:
     """The engine of the settings' URL, its schema made where it is not there; several processes may do so at once.
 
-    Raises ValueError for a URL of another kind, sqlalchemy.exc.OperationalError where the server cannot be reached.
+    Raises ValueError for a URL of another kind, StoreUnavailableError.
     """
     url = make_url(settings.url.get_secret_value())
     backend = url.get_backend_name()
-    if backend == "sqlite":
-        return _open_sqlite(url)
-    if backend == "postgresql":
-        return _open_postgres(url, settings.pool_size)
-    raise ValueError(
-        f"store.url is {url.render_as_string()!r}; expected sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DB"
-    )
+    if backend not in ("sqlite", "postgresql"):
+        expected = "sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DB"
+        raise ValueError(f"store.url is {url.render_as_string()!r}; expected {expected}")
+    try:
+        return _open_sqlite(url) if backend == "sqlite" else _open_postgres(url, settings.pool_size)
+    except (OperationalError, sqlite3.OperationalError) as exc:
+        raise StoreUnavailableError(f"{_in_words(url, exc)}; is it running, and is store.url right?") from exc
+
+
+def is_passing(exc: Exception) -> bool:
+    """Whether SQLAlchemy's error passes by itself: the server is away, the connection cut, a lock not had."""
+    is_cut = isinstance(exc, DBAPIError) and exc.connection_invalidated
+    return is_cut or isinstance(exc, OperationalError | InternalError)
+
+
+@contextmanager
+def reaching(engine: Engine) -> Iterator[None]:
+    """Errors that pass by themselves, SQLAlchemy's and the driver's, as StoreUnavailableError."""
+    driver = engine.dialect.loaded_dbapi
+    try:
+        yield
+    except DBAPIError as exc:
+        if not is_passing(exc):
+            raise
+        raise StoreUnavailableError(_in_words(engine.url, exc)) from exc
+    except (driver.OperationalError, driver.InternalError) as exc:
+        raise StoreUnavailableError(_in_words(engine.url, exc)) from exc
+
+
+def _in_words(url: URL, exc: Exception) -> str:
+    reason = exc.orig if isinstance(exc, DBAPIError) else exc
+    return f"store at {url.render_as_string()}: {' '.join(str(reason).split())}"
 
 
 @contextmanager

@@ -7,15 +7,13 @@ touches in one transaction has the keys of the batch's partitions, so joiners of
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
 from sqlalchemy import Engine, func, select
-from sqlalchemy.exc import DBAPIError
 
 from loop.join import (
     Batch,
@@ -29,7 +27,7 @@ from loop.join import (
     last_response,
 )
 from loop.store.bulk import Bulk, open_bulk
-from loop.store.engine import write
+from loop.store.engine import reaching, write
 from loop.store.partitions import ensure_days
 from loop.store.schema import IS_PENDING, dead_letters, examples, positions, response_index, responses, votes
 
@@ -42,10 +40,6 @@ _VOTE = (
 
 class PositionMovedError(RuntimeError):
     """Somebody else has joined these records already; the batch was rolled back."""
-
-
-class StoreUnavailableError(ConnectionError):
-    """The store cannot be reached now, or ended the transaction; the batch was rolled back, to be tried again."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +92,8 @@ def apply(engine: Engine, reader: Reader, batch: Batch, spans: Mapping[int, Span
             changed, displaced = _add_votes(bulk, batch.votes)
             # 4. What the facts mean, for the responses that something new says something about.
             _rejoin(bulk, batch, added, replaced, [*changed, *displaced])
-            bulk.insert(dead_letters, [_dead_row(letter) for letter in batch.dead_letters])
+            bulk.insert(dead_letters, [_dead_row(letter, reader.log_id) for letter in batch.dead_letters])
     return Applied(inserted, changed, stale)
-
-
-@contextmanager
-def reaching(engine: Engine) -> Iterator[None]:
-    """Driver errors that pass by themselves (server away, connection cut, lock not had) as StoreUnavailableError."""
-    driver = engine.dialect.loaded_dbapi
-    try:
-        yield
-    except DBAPIError as exc:
-        if not (exc.connection_invalidated or isinstance(exc.orig, (driver.OperationalError, driver.InternalError))):
-            raise
-        raise StoreUnavailableError(f"store: {exc.orig}") from exc
-    except (driver.OperationalError, driver.InternalError) as exc:
-        raise StoreUnavailableError(f"store: {exc}") from exc
 
 
 def start_positions(engine: Engine, reader: Reader, partitions: Iterable[int]) -> dict[int, Offsets]:
@@ -313,6 +293,6 @@ def _example_row(e: Joined) -> tuple[object, ...]:
     )
 
 
-def _dead_row(letter: DeadLetter) -> tuple[object, ...]:
+def _dead_row(letter: DeadLetter, log_id: str) -> tuple[object, ...]:
     reason, key = letter.reason.replace("\x00", "\ufffd"), letter.key.replace("\x00", "\ufffd")[:256]
-    return (letter.topic, letter.partition, letter.offset, reason, key, letter.value, False, False)
+    return (letter.topic, letter.partition, letter.offset, log_id, reason, key, letter.value, False, False)

@@ -20,7 +20,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 
 # Of `migrations/versions`; to be raised with every change below.
-REVISION = "0003"
+REVISION = "0004"
 
 metadata = MetaData()
 Json = JSON().with_variant(postgresql.JSONB(), "postgresql")
@@ -123,13 +123,14 @@ positions = Table(
 )
 
 # Outbox: written in the join's transaction, sent to `<topic>.dlt` afterwards. `replayed`: was appended to its own topic
-# again, by an operator.
+# again, by an operator. A topic that was made anew begins at offset 0 again, so `log_id` is a part of the place.
 dead_letters = Table(
     "dead_letters",
     metadata,
     Column("topic", String(249), primary_key=True),
     Column("partition", Integer, primary_key=True),
     Column("offset", BigInteger, primary_key=True),
+    Column("log_id", String(256), primary_key=True),
     Column("reason", String, nullable=False),
     Column("key", String(256), nullable=False),
     Column("value", Bytes, nullable=False),

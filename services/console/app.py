@@ -6,7 +6,10 @@ kept from posting through an operator's browser. Knows the store and the gateway
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -18,6 +21,9 @@ from loop.settings import Settings
 from loop.store import open_store
 from services.console import pages, playground
 from services.console.parts import GATEWAY, SETTINGS, STORE, open_templates, render
+from services.waiting import when_there
+
+log = logging.getLogger("thumbwheel.console")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -67,7 +73,13 @@ async def healthz(_: web.Request) -> web.Response:
 
 async def _open_parts(app: web.Application) -> AsyncIterator[None]:
     settings = app[SETTINGS]
-    app[STORE] = open_store(settings.store)
+    stop = threading.Event()
+    try:
+        store = await asyncio.to_thread(when_there, lambda: open_store(settings.store), stop, _say)
+    finally:
+        stop.set()  # cancelled while it waits
+    assert store is not None
+    app[STORE] = store
     keys = settings.gateway.api_keys
     gateway = settings.gateway
     host = (
@@ -85,6 +97,10 @@ async def _open_parts(app: web.Application) -> AsyncIterator[None]:
     yield
     await app[GATEWAY].close()
     app[STORE].dispose()
+
+
+def _say(exc: Exception) -> None:
+    log.warning("waiting for the store: %s", exc, extra={"action": "console_waits"})
 
 
 async def _add_headers(_: web.Request, response: web.StreamResponse) -> None:

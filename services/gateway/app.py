@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -149,7 +150,10 @@ def _parts(settings: Settings) -> Callable[[web.Application], AsyncIterator[None
         gateway = settings.gateway
         log = open_spool(settings.log, gateway.gateway_id)
         journal = log.path.with_name(f"journal-{gateway.gateway_id}")
-        spool = Spool(log, gateway.spool_quota_bytes, journal, gateway.capture_timeout_s)
+        # In a spool of our own nobody commits: what is forwarded is dropped, and all that is there waits.
+        topics = (settings.log.responses_topic, settings.log.feedback_topic)
+        waiting_bytes = partial(log.waiting_bytes, settings.joiner.group, topics)
+        spool = Spool(log, waiting_bytes, gateway.spool_quota_bytes, journal, gateway.capture_timeout_s)
         engines = Engines(settings.engine)
         routes = RouteWatch(settings.engine.alias, gateway.gateway_id, settings.store, log, gateway.route_poll_s)
         app[PARTS] = Parts(settings, engines, routes, spool, HybridClock(int(log.get_meta(CLOCK) or 0)))

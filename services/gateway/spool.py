@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ COLLECT_S = 0.02  # how long responses, which are safe already, wait for others 
 AVOID_SLOW_DISK_S = 10.0
 RETRY_S = 0.5
 QUOTA_EVERY_S = 0.5
+KEPT_FREE_BYTES = 256 * 1024 * 1024  # of the disk, for feedback
 MAX_BATCH = 500
 MAX_WAITING_BYTES = 128 * 1024 * 1024
 CLOCK = "hlc"  # the meta entry with the clock's last stamp
@@ -51,9 +53,11 @@ class _Job:
 class Spool:
     """Writes to `log` from a thread of its own; all its methods are called on the event loop."""
 
-    def __init__(self, log: EmbeddedLog, quota_bytes: int, journal: Path, slow_s: float) -> None:
-        """`journal`: the stem of its files; an append of over `slow_s` shows a slow disk. Raises LogUnavailableError
-        and OSError where what an earlier process has left cannot be taken up.
+    def __init__(
+        self, log: EmbeddedLog, waiting_bytes: Callable[[], int], quota_bytes: int, journal: Path, slow_s: float
+    ) -> None:
+        """`waiting_bytes` is held against the quota; `journal`: the stem of its files; an append of over `slow_s` shows
+        a slow disk. Raises LogUnavailableError and OSError where what an earlier process has left cannot be taken up.
         """
         if count := recover(journal, log.append):
             _log.warning("%d responses taken up from the journal", count, extra={"action": "journal_recovered"})
@@ -62,6 +66,7 @@ class Spool:
         self._slow_until = 0.0
         self._hurry = threading.Event()
         self._log = log
+        self._waiting_bytes = waiting_bytes
         self._quota_bytes = quota_bytes
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -234,8 +239,9 @@ class Spool:
         now = time.monotonic()
         if now >= self._next_quota_check:
             self._next_quota_check = now + QUOTA_EVERY_S
-            with suppress(LogUnavailableError):  # the commit that follows says so
-                self._is_full = self._log.used_bytes() >= self._quota_bytes
+            with suppress(LogUnavailableError, OSError):  # the commit that follows says so
+                free_bytes = shutil.disk_usage(self._log.path.parent).free
+                self._is_full = free_bytes < KEPT_FREE_BYTES or self._waiting_bytes() >= self._quota_bytes
         return self._is_full
 
     def _give_up(self, jobs: Sequence[_Job], reason: str) -> None:

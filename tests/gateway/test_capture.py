@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from loop.events import ResponseLogged, hash_rater, key_of_message_id, key_of_response_id
-from loop.log import LogUnavailableError
+from loop.log import LogUnavailableError, NewRecord
 from tests.gateway.conftest import HELLO, Gateway, StartGateway
 from tests.stub_engine import StubEngine
 
@@ -241,16 +241,51 @@ async def test_an_app_that_stops_reading_is_given_up(start: StartGateway, stub: 
 # --- a spool that fails ----------------------------------------------------------------------------------------------
 
 
-async def test_past_the_quota_responses_are_dropped_and_feedback_is_not(start: StartGateway) -> None:
+async def test_past_the_quota_responses_are_dropped_and_feedback_is_not(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.spool.QUOTA_EVERY_S", 0.0)
     gateway = await start(spool_quota_bytes=1 << 20)
     gateway.parts.spool._quota_bytes = 1
     before = lost("quota")
-    assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202  # which looks at it
+    for _ in range(2):  # the second one finds that the first one waits
+        assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202
     assert (await gateway.chat())[0] == 200
     assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202
     assert lost("quota") == before + 1
     assert gateway.responses() == []
-    assert len(gateway.feedback()) == 2
+    assert len(gateway.feedback()) == 3
+
+
+async def test_what_is_joined_does_not_count_against_the_quota(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.spool.QUOTA_EVERY_S", 0.0)
+    gateway = await start(spool_quota_bytes=1 << 20)
+    log, topic = gateway.parts.spool._log, "thumbwheel.responses"
+    log.append([NewRecord(topic, f"{n}", bytes(100_000)) for n in range(20)])
+    before = lost("quota")
+    assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202  # which looks at it
+    assert (await gateway.chat())[0] == 200
+    assert lost("quota") == before + 1
+    joiner = log.consumer("joiner", [topic])
+    joiner.commit({(topic, partition): end for partition, end in log.end_offsets(topic).items()})
+    joiner.close()
+    assert log.used_bytes() > 1 << 20
+    assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202
+    assert (await gateway.chat())[0] == 200
+    assert lost("quota") == before + 1
+
+
+async def test_the_last_of_the_disk_is_kept_for_feedback(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.spool.QUOTA_EVERY_S", 0.0)
+    monkeypatch.setattr("services.gateway.spool.KEPT_FREE_BYTES", 1 << 62)
+    before = lost("quota")
+    for _ in range(2):
+        assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202
+        assert (await gateway.chat())[0] == 200
+    assert lost("quota") == before + 2
+    assert (gateway.responses(), len(gateway.feedback())) == ([], 2)
 
 
 async def test_with_a_broken_log_the_chat_goes_on_responses_wait_and_feedback_is_a_503(

@@ -3,68 +3,128 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
+
+import pytest
 
 from loop.log import LogUnavailableError, NewRecord, RecordTooLargeError
 from loop.log.embedded import EmbeddedLog
-from services.gateway.forward import BATCH, forward_once
+from loop.log.partition import partition_of
+from services.gateway import forward
+from services.gateway.forward import BATCH, Forwarder
 
 TOPICS = ("responses", "feedback")
+PARTITIONS = 2
 
 
 class Broker:
-    """The far side: keeps what was acknowledged, and fails on demand, before or after it kept it."""
+    """The far side: keeps what it is sent, and fails on demand, before or after that; its partitions may be away."""
 
     def __init__(self) -> None:
         self.records: list[NewRecord] = []
         self.failures: list[str] = []
+        self.away: set[tuple[str, int]] = set()
+        self.given_up = 0
 
-    def append(self, records: Sequence[NewRecord]) -> None:
-        if any(len(record.value) > 100 for record in records):
-            raise RecordTooLargeError("expected at most 100 bytes")
+    def send(self, records: Sequence[NewRecord]) -> Future[None]:
+        sent: Future[None] = Future()
+        if (records[0].topic, partition_of(records[0].key, PARTITIONS)) in self.away:
+            return sent
         failure = self.failures.pop() if self.failures else ""
-        if failure == "before":
-            raise LogUnavailableError("no broker")
-        self.records += records
-        if failure == "after":
-            raise LogUnavailableError("acknowledgement lost")
+        if any(len(record.value) > 100 for record in records):
+            sent.set_exception(RecordTooLargeError("expected at most 100 bytes"))
+        elif failure == "before":
+            sent.set_exception(LogUnavailableError("no broker"))
+        else:
+            self.records += records
+            if failure == "after":
+                sent.set_exception(LogUnavailableError("acknowledgement lost"))
+            else:
+                sent.set_result(None)
+        return sent
+
+    def give_up(self) -> None:
+        self.given_up += 1
+
+
+@pytest.fixture(autouse=True)
+def tries_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "RETRY_S", 0.0)
+
+
+def forwarder(spool: EmbeddedLog, broker: Broker) -> Forwarder:
+    return Forwarder(spool, broker, TOPICS)  # type: ignore[arg-type]
+
+
+def is_empty(spool: EmbeddedLog) -> bool:
+    return not any(spool.read(topic, n, 0, 1) for topic in TOPICS for n in range(PARTITIONS))
+
+
+def numbers(records: Sequence[NewRecord], topic: str, key: str) -> list[int]:
+    """What was written under a key, repetitions apart."""
+    return list(dict.fromkeys(int(r.value) for r in records if (r.topic, r.key) == (topic, key)))
 
 
 def test_records_leave_the_spool_once_the_broker_has_them(tmp_path: Path) -> None:
-    spool = EmbeddedLog(tmp_path / "spool.db", partitions=2)
+    spool = EmbeddedLog(tmp_path / "spool.db", PARTITIONS)
     written = [NewRecord(TOPICS[n % 2], f"{n % 5:016x}", str(n).encode()) for n in range(3 * BATCH)]
     spool.write(written)
     broker = Broker()
     broker.failures = ["after", "", "before", "", "before"]
-    while True:
-        try:
-            if not forward_once(spool, broker, TOPICS):  # type: ignore[arg-type]
-                break
-        except LogUnavailableError:
-            spool.close()
-            spool = EmbeddedLog(tmp_path / "spool.db")  # as if the process had been killed
-    values = [record.value for record in broker.records]
-    assert set(values) == {record.value for record in written}
-    for key in {record.key for record in written}:
-        of_key = list(dict.fromkeys(int(r.value) for r in broker.records if (r.topic, r.key) == (TOPICS[0], key)))
-        assert of_key == sorted(of_key)  # a key keeps its order, repetitions apart
-    assert [spool.read(topic, p, 0, 1) for topic in TOPICS for p in range(2)] == [[]] * 4
+    while not is_empty(spool):
+        forwarder(spool, broker).step()  # what was sent and not seen to arrive is forgotten, as by a kill
+        going = forwarder(spool, broker)
+        for _ in range(2):
+            going.step()
+    assert {record.value for record in broker.records} == {record.value for record in written}
+    for topic, key in {(record.topic, record.key) for record in written}:
+        assert numbers(broker.records, topic, key) == numbers(written, topic, key)
     spool.close()
 
 
 def test_an_empty_spool_sends_nothing(tmp_path: Path) -> None:
-    spool = EmbeddedLog(tmp_path / "spool.db")
+    spool = EmbeddedLog(tmp_path / "spool.db", PARTITIONS)
     broker = Broker()
-    assert forward_once(spool, broker, TOPICS) == 0  # type: ignore[arg-type]
-    assert broker.records == []
+    going = forwarder(spool, broker)
+    going.step()
+    assert (broker.records, going.waits_for) == ([], [])
     spool.close()
 
 
 def test_a_record_that_the_broker_never_takes_holds_up_no_other(tmp_path: Path) -> None:
-    spool = EmbeddedLog(tmp_path / "spool.db", partitions=1)
+    spool = EmbeddedLog(tmp_path / "spool.db", PARTITIONS)
     spool.write([NewRecord(TOPICS[0], "k", value) for value in (b"1", b"x" * 101, b"2")])
     broker = Broker()
-    assert forward_once(spool, broker, TOPICS) == 3  # type: ignore[arg-type]
+    going = forwarder(spool, broker)
+    while not is_empty(spool):
+        going.step()
     assert [record.value for record in broker.records] == [b"1", b"2"]
-    assert spool.read(TOPICS[0], 0, 0, 1) == []
+    assert not going.failing
+    spool.close()
+
+
+def test_a_partition_that_cannot_be_written_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = EmbeddedLog(tmp_path / "spool.db", PARTITIONS)
+    written = [NewRecord(TOPICS[n % 2], f"{n % 5:016x}", str(n).encode()) for n in range(3 * BATCH)]
+    spool.write(written)
+    broker = Broker()
+    away = (TOPICS[0], partition_of(written[0].key, PARTITIONS))
+    broker.away = {away}
+    going = forwarder(spool, broker)
+    for _ in range(5):
+        going.step()
+    expected = [r for r in written if (r.topic, partition_of(r.key, PARTITIONS)) != away]
+    assert {record.value for record in broker.records} == {record.value for record in expected}
+    assert len(going.waits_for) == 1
+    monkeypatch.setattr(forward, "GIVE_UP_S", 0.0)
+    going = forwarder(spool, broker)
+    going.step()
+    assert (list(going.failing), going.waits_for, broker.given_up) == ([away], [], 1)
+    broker.away = set()
+    while not is_empty(spool):
+        going.step()
+    assert not going.failing
+    for topic, key in {(record.topic, record.key) for record in written}:
+        assert numbers(broker.records, topic, key) == numbers(written, topic, key)
     spool.close()

@@ -44,6 +44,24 @@ def test_what_was_written_survives_kill_9_of_the_process(tmp_path: Path) -> None
     log.close()
 
 
+def test_what_a_group_has_committed_waits_no_more(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    assert log.waiting_bytes("joiner", ("t",)) == 0
+    log.append([NewRecord(topic, f"{n}", bytes(5000)) for n in range(100) for topic in ("t", "u")])
+    ends = log.end_offsets("t")
+    assert log.waiting_bytes("joiner", ("t", "u")) == log.waiting_bytes("joiner", ("t",)) == log.used_bytes()
+    consumer = log.consumer("joiner", ["t"])
+    consumer.commit({("t", 0): ends[0]})
+    assert log.waiting_bytes("joiner", ("t",)) == log.used_bytes() * ends[1] // 100
+    assert log.waiting_bytes("another", ("t",)) == log.used_bytes()
+    log.drop_before("t", 0, ends[0])
+    assert log.waiting_bytes("joiner", ("t",)) == log.used_bytes()  # all that is left
+    consumer.commit({("t", 1): ends[1]})
+    consumer.close()
+    assert log.waiting_bytes("joiner", ("t",)) == 0
+    log.close()
+
+
 def test_forwarded_records_make_room_and_offsets_go_on(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.append([NewRecord("t", "k", bytes(5000)) for _ in range(200)])

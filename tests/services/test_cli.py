@@ -11,6 +11,7 @@ import pytest
 
 from loop.settings import SettingsError, TrainSettings
 from services.cli import _with_flags
+from tests.conftest import free_port
 
 
 def thumbwheel(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,6 +71,20 @@ def test_a_log_that_cannot_be_reached_is_one_clear_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "unable to open database file" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "run", "adapters", "promote v000001", "rollback", "log"])
+def test_a_store_that_is_away_is_one_clear_line(tmp_path: Path, command: str) -> None:
+    path, port = tmp_path / "thumbwheel.toml", free_port()
+    log = f'[log]\npath = "{tmp_path}/log.db"\n'
+    path.write_text(f'{log}[store]\nurl = "postgresql+psycopg://app:hunter2@127.0.0.1:{port}/thumbwheel"\n')
+    done = thumbwheel(*command.split(), "--settings", str(path))
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 2
+    assert said.startswith(f"error: store at postgresql+psycopg://app:***@127.0.0.1:{port}/thumbwheel: ")
+    assert said.endswith("is it running, and is store.url right?")
+    assert "Connection refused" in said
+    assert "hunter2" not in said
 
 
 def test_dead_letters_of_a_topic_that_is_not_ours_are_refused(tmp_path: Path) -> None:

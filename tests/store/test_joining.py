@@ -269,6 +269,37 @@ def test_a_replay_leaves_what_becomes_a_dead_letter_again_meanwhile(store: Engin
     assert count_dead_letters(store)[FEEDBACK, 0] == (6, 3)
 
 
+def test_dead_letters_of_a_log_made_anew_stand_beside_the_old_ones(store: Engine) -> None:
+    anew = READER._replace(log_id="another log")
+    apply(store, READER, Batch(dead_letters=LETTERS), {})
+    for _ in range(2):
+        apply(store, anew, Batch(dead_letters=[letter._replace(reason="anew") for letter in LETTERS[:2]]), {})
+    outbox: Any = Outbox()
+    assert send_dead_letters(store, outbox, {0, 1}) == len(LETTERS) + 2
+    assert replay_dead_letters(store, outbox, Chosen([FEEDBACK], partition=0, offset=1)) == 2
+    found = list_dead_letters(store, Chosen([FEEDBACK], partition=0), 99)
+    assert [(letter["offset"], letter["log_id"], letter["reason"]) for letter in found] == [
+        (0, "another log", "anew"),
+        (0, READER.log_id, "broken"),
+        (2, READER.log_id, "broken"),
+    ]
+
+
+def test_a_replay_into_a_log_made_anew_leaves_what_becomes_a_dead_letter_there(store: Engine) -> None:
+    class StillBroken(Outbox):
+        """Behind it a joiner that refuses everything again, at the new log's low offsets."""
+
+        def append(self, records: Any) -> None:
+            super().append(records)
+            again = [DeadLetter(r.topic, 0, n, "broken still", r.key, r.value) for n, r in enumerate(records)]
+            apply(store, READER._replace(log_id="another log"), Batch(dead_letters=again), {})
+
+    apply(store, READER, Batch(dead_letters=LETTERS[:3]), {})
+    outbox: Any = StillBroken()
+    assert replay_dead_letters(store, outbox, ALL) == 3
+    assert count_dead_letters(store)[FEEDBACK, 0] == (3, 3)
+
+
 def test_examples_stream_in_one_order_and_are_counted(store: Engine) -> None:
     day_ms = 86_400_000
     ids = [response_id(f"{n:016x}", n) for n in range(25)]

@@ -96,7 +96,7 @@ def test_an_older_store_is_brought_forward_with_what_it_holds(bare: Engine, stor
     store = open_store(store_settings)
     with store.connect() as connection:
         assert differences(connection) == []
-        assert connection.execute(select(dead_letters)).one() == ("t", 1, 2, "broken", "k", b"\x00", True, False)
+        assert connection.execute(select(dead_letters)).one() == ("t", 1, 2, "", "broken", "k", b"\x00", True, False)
         digest = message_digest("m")  # which votes by a trace id know alone
         assert connection.execute(select(response_index.c.message_id).order_by("turned_id")).scalars().all() == [
             digest,

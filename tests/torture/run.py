@@ -46,22 +46,23 @@ async def torture(
         stop.set()
         promised = await load
         show("waiting until everything is joined")
-        found = await asyncio.to_thread(_settle_and_judge, stage, promised)
+        found = await asyncio.to_thread(settle_and_judge, stage, promised)
     finally:
         stage.kill()
     return {"events": found.pop("events"), "faults": harm.done, **found}
 
 
-def _settle_and_judge(stage: Stage, promised: Promised) -> dict[str, int]:
-    _wait_until(lambda: not stage.unsent(), "sent to Kafka")
+def settle_and_judge(stage: Stage, promised: Promised) -> dict[str, int]:
+    """What `torture` returns, but for the faults, once all is joined. Raises AssertionError as that does."""
+    wait_until(lambda: not stage.unsent(), "sent to Kafka")
     for gateway in stage.gateways:
         gateway.end()
     settings = stage.settings
     log, store = open_log(settings.log), open_store(settings.store)
-    _wait_until(lambda: is_joined(store, log, settings), "joined")
+    wait_until(lambda: is_joined(store, log, settings), "joined")
     for joiner in stage.joiners:
         joiner.end()
-    records = _read_all(log, settings.log)
+    records = read_all(log, settings.log)
     found = judge(examples_in(store), records, promised, settings.log.responses_topic)
     log.close()
     store.dispose()
@@ -88,7 +89,8 @@ def _thumbs(examples: Examples, id: tuple[str, int]) -> int:
     return int(examples[id]["up"] + examples[id]["down"])
 
 
-def _read_all(log: EventLog, settings: LogSettings) -> list[Record]:
+def read_all(log: EventLog, settings: LogSettings) -> list[Record]:
+    """Everything in both topics, in order within each partition."""
     topics = (settings.responses_topic, settings.feedback_topic)
     size = sum(sum(log.end_offsets(topic).values()) for topic in topics)
     consumer = log.consumer("torture-judge", topics)
@@ -98,12 +100,13 @@ def _read_all(log: EventLog, settings: LogSettings) -> list[Record]:
         records.extend(consumer.poll(5_000, 0.5))
         return len(records) == size
 
-    _wait_until(is_read, "read back")
+    wait_until(is_read, "read back")
     consumer.close()
     return records
 
 
-def _wait_until(is_so: Callable[[], bool], what: str) -> None:
+def wait_until(is_so: Callable[[], bool], what: str) -> None:
+    """Raises AssertionError after SETTLE_S."""
     deadline = time.monotonic() + SETTLE_S
     while not is_so():
         assert time.monotonic() < deadline, f"not {what} within {SETTLE_S} s"

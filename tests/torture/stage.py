@@ -98,13 +98,13 @@ class Stage:
         return self.joiners[-1]
 
     def unsent(self) -> int:
-        """Partitions of spools that still have records which Kafka has not got."""
+        """Records in the gateways' spools, which Kafka has not got."""
         log = self.settings.log
         waiting = 0
         for gateway in self.gateways:
             spool = EmbeddedLog(log.path.with_name(f"spool-{gateway.name}.db"), log.partitions)
             topics = (log.responses_topic, log.feedback_topic)
-            waiting += sum(bool(spool.read(topic, n, 0, 1)) for topic in topics for n in range(log.partitions))
+            waiting += sum(len(spool.read(topic, n, 0, 10_000)) for topic in topics for n in range(log.partitions))
             spool.close()
         return waiting
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import signal
 from pathlib import Path
 
 import pytest
 
+from loop.events import decode_feedback
 from loop.log import Record
+from loop.log.open import open_log
 from tests.join.oracle import examples_of
 from tests.join.traffic import RESPONSES, START_MS, feedback, response, response_id
 from tests.services_real import RealKafka, RealPostgres
 from tests.torture.faults import KINDS
-from tests.torture.load import Promised
-from tests.torture.run import judge, torture
+from tests.torture.load import Promised, put_load
+from tests.torture.run import judge, read_all, settle_and_judge, torture, wait_until
+from tests.torture.stage import Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
@@ -26,6 +31,47 @@ async def test_one_fault_of_each_kind_loses_nothing_and_doubles_nothing(
     gc.collect()  # kafka-python leaves sockets of its attempts to connect
     assert found.pop("events") > 500, shown
     assert found == {"faults": len(KINDS), "lost": 0, "doubled": 0, "wrong_label": 0}, shown
+
+
+async def test_with_kafka_away_under_load_all_arrives_afterwards_in_order(
+    apache_kafka: RealKafka, postgres: RealPostgres, tmp_path: Path
+) -> None:
+    kafka = apache_kafka
+    stage = Stage(kafka, postgres, tmp_path, gateways=1, joiners=1)
+    (gateway,) = stage.gateways
+    stop = asyncio.Event()
+    try:
+        load = asyncio.create_task(put_load([gateway.url], 16, 2, stop))
+        await asyncio.to_thread(wait_until, lambda: sum_of_ends(stage) > 100, "in Kafka")
+        await asyncio.to_thread(kafka.stop, kill=True)
+        await asyncio.to_thread(wait_until, lambda: stage.unsent() > 300, "waiting")
+        gateway.end(signal.SIGKILL)
+        gateway.start()
+        await asyncio.to_thread(wait_until, lambda: stage.unsent() > 600, "waiting for longer")
+        await asyncio.to_thread(kafka.start)
+        stop.set()
+        found = await asyncio.to_thread(settle_and_judge, stage, await load)
+    finally:
+        stage.kill()
+    assert found.pop("events") > 700
+    assert found == {"lost": 0, "doubled": 0, "wrong_label": 0}
+    log = open_log(stage.settings.log)
+    stamps: dict[str, dict[str, int]] = {}
+    for record in read_all(log, stage.settings.log):
+        if record.topic == stage.settings.log.feedback_topic:
+            event = decode_feedback(record.value)
+            stamps.setdefault(record.key, {}).setdefault(event.id, event.data.hlc)  # what was sent again counts once
+    log.close()
+    gc.collect()
+    assert any(len(of_key) > 1 for of_key in stamps.values())
+    assert all(list(of_key.values()) == sorted(of_key.values()) for of_key in stamps.values())
+
+
+def sum_of_ends(stage: Stage) -> int:
+    log, settings = open_log(stage.settings.log), stage.settings.log
+    ends = sum(sum(log.end_offsets(topic).values()) for topic in (settings.responses_topic, settings.feedback_topic))
+    log.close()
+    return ends
 
 
 def test_the_judge_sees_what_is_wrong() -> None:

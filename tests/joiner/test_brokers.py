@@ -1,0 +1,155 @@
+"""Two brokers, and one of them away: what the other one leads goes on, and nothing is lost. On real Apache Kafka."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+from collections.abc import Iterator, Sequence
+from itertools import starmap
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from loop.log import EventLog, LogUnavailableError, NewRecord, Record
+from loop.log.embedded import EmbeddedLog
+from loop.log.open import open_log
+from loop.log.partition import partition_of
+from loop.settings import LogSettings, Settings, StoreSettings
+from loop.store import open_store
+from loop.store.joining import Reader, read_positions
+from services.gateway.forward import forwarding
+from tests.join.joined import examples_in, is_joined
+from tests.join.oracle import examples_of
+from tests.join.traffic import colliding_events
+from tests.joiner.test_joiner import Start, on_topics_of, start, wait_until  # noqa: F401
+from tests.services_real import RealKafka
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+    pytest.mark.timeout(240),
+]
+
+
+@pytest.fixture(scope="module")
+def brokers(apache_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RealKafka, RealKafka]]:
+    """The controller, which also keeps the groups' offsets, and one that may go away."""
+    first = RealKafka(apache_home, tmp_path_factory.mktemp("first"))
+    first.start()
+    log = open_log(first.settings())
+    consumer = log.consumer("makes the offsets' topic", ["t"])
+    wait_until(lambda: consumer.poll(1, 0.1) == [] and (first.folder / "log" / "__consumer_offsets-0").exists(), "made")
+    consumer.close()
+    log.close()
+    second = RealKafka(apache_home, tmp_path_factory.mktemp("second"), first=first)
+    second.start()
+    yield first, second
+    for broker in (second, first):
+        broker.stop(kill=True)
+
+
+@pytest.fixture(autouse=True)
+def sockets_are_collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """kafka-python leaves those of its connection attempts to the garbage collector: not to a later test's. So pytest
+    must not keep its log records, which have them too.
+    """
+    monkeypatch.setattr(logging.getLogger("kafka"), "propagate", False)
+    yield
+    gc.collect()
+
+
+def read_all(log: EventLog, settings: LogSettings, number: int) -> list[Record]:
+    """Everything in both topics, once at least `number` records are."""
+    consumer = log.consumer("reads all", [settings.responses_topic, settings.feedback_topic])
+    read: list[Record] = []
+    wait_until(lambda: bool(read.extend(consumer.poll(2_000, 0.5))) or len(read) >= number, "read")
+    while found := consumer.poll(2_000, 1.0):
+        read += found
+    consumer.close()
+    return read
+
+
+def by_key(records: Sequence[NewRecord | Record]) -> dict[tuple[str, str], list[bytes]]:
+    """What was written under each key in its order, repetitions apart."""
+    found: dict[tuple[str, str], dict[bytes, None]] = {}
+    for record in records:
+        found.setdefault((record.topic, record.key), {})[record.value] = None
+    return {key: list(values) for key, values in found.items()}
+
+
+def test_a_broker_away_holds_up_only_what_it_leads(
+    brokers: tuple[RealKafka, RealKafka],
+    start: Start,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    first, second = brokers
+    log_settings = first.settings(bootstrap_servers=[first.server, second.server])
+    settings = Settings(log=log_settings, store=StoreSettings(url=SecretStr(f"sqlite:///{tmp_path}/store.db")))
+    store, log = open_store(settings.store), open_log(settings.log)
+    spool = EmbeddedLog(tmp_path / "spool.db", settings.log.partitions)
+    events = on_topics_of(settings, colliding_events(21, 900))
+    topics = (settings.log.responses_topic, settings.log.feedback_topic)
+
+    def left() -> set[tuple[str, int]]:
+        """Partitions with records that are still in the spool."""
+        places = ((topic, n) for topic in topics for n in range(settings.log.partitions))
+        return {place for place in places if spool.read(*place, 0, 1)}
+
+    joiner = start(settings)
+
+    def unseen() -> float:
+        return joiner.metric("thumbwheel_joiner_unseen_partitions{")
+
+    with forwarding(spool, settings.log):
+        spool.append(events[:300])
+        wait_until(lambda: not left() and is_joined(store, log, settings), "joined the first part")
+        second.stop(kill=True)
+        spool.append(events[300:600])
+        wait_until(lambda: unseen() > 0, "seen that some have no leader")
+        spool.append(events[600:])
+        led = {(topic, n) for topic in topics for n in log.end_offsets(topic)}
+        away = {(e.topic, partition_of(e.key, settings.log.partitions)) for e in events} - led
+        assert 0 < len(away) < 8
+        wait_until(lambda: left() == away, "sent all but what has no broker")
+        ends = [log.end_offsets(topic) for topic in topics]
+        reader = Reader(settings.joiner.group, log.identity())
+
+        def is_behind(topic: int, partition: int, end: int) -> bool:
+            return read_positions(store, reader)[partition][topic] < end
+
+        behind = [(n, partition, end) for n in (0, 1) for partition, end in ends[n].items()]
+        wait_until(lambda: not any(starmap(is_behind, behind)), "joined that")
+        assert unseen() == len(away)
+        second.start()
+        wait_until(lambda: not left() and is_joined(store, log, settings), "joined the rest")
+        wait_until(lambda: unseen() == 0, "seen all again")
+    assert joiner.signal(signal.SIGTERM) == 0
+    assert examples_in(store) == examples_of(events, settings.log.responses_topic)
+    assert by_key(read_all(log, settings.log, len(events))) == by_key(events)
+    spool.close()
+    log.close()
+    store.dispose()
+
+
+def test_without_enough_replicas_nothing_is_taken_and_nothing_is_lost(
+    brokers: tuple[RealKafka, RealKafka], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = brokers
+    settings = first.settings(
+        bootstrap_servers=[first.server, second.server], replication_factor=2, min_insync_replicas=2
+    )
+    log = open_log(settings)
+    topic = settings.responses_topic
+    records = [NewRecord(topic, f"{n % 20:016x}", str(n).encode()) for n in range(300)]
+    log.append(records[:100])
+    second.stop(kill=True)
+    monkeypatch.setattr("loop.log.kafka.DELIVERY_S", 3.0)
+    with pytest.raises(LogUnavailableError, match="not acknowledged within 3 s"):
+        log.append(records[100:200])
+    second.start()
+    monkeypatch.undo()
+    log.append(records[100:200])
+    log.append(records[200:])
+    assert by_key(read_all(log, settings, len(records))) == by_key(records)
+    log.close()

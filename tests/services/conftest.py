@@ -1,0 +1,3 @@
+"""The real Postgres."""
+
+from tests.services_real import postgres  # noqa: F401
