@@ -7,6 +7,7 @@ spools and journals, the scheduler has snapshots and the reference cache.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -38,11 +39,14 @@ def forget(settings: Settings, store: Engine, kind: Kind, subject: str) -> dict[
     now_ms = int(time.time() * 1000)
     found: dict[str, Any] = {"erased": kind, "subject": subject, **erase(store, kind, subject, now_ms)}
     erased = read_erased(store)
+    is_at_work = is_leased(store, "run", now_ms)
+    if not is_at_work:
+        _remove_unfinished(settings.snapshot.dir)
     found["snapshots"], found["adapters"] = _erase_snapshots(settings.snapshot.dir, store, erased, now_ms)
     found["reference_cache"] = _erase_cache(settings.train.cache)
     found["log_records"], busy = _erase_files(settings.log, erased)
     later = [f"journal {path} is being written: call this again" for path in busy]
-    if is_leased(store, "run", now_ms):
+    if is_at_work:
         later.append("a run is at work, maybe with what was erased: call this again when it has ended")
     if settings.log.kind == "kafka":
         gone_by = datetime.fromtimestamp(now_ms / 1000 + settings.log.retention_s, UTC).date()
@@ -51,13 +55,19 @@ def forget(settings: Settings, store: Engine, kind: Kind, subject: str) -> dict[
     return found | {"later": later}
 
 
+def _remove_unfinished(folder: Path) -> None:
+    """Of snapshots that were being made when their run was killed; a new one is begun from nothing."""
+    for unfinished in folder.glob(".*-*"):
+        shutil.rmtree(unfinished)
+
+
 def _erase_snapshots(folder: Path, store: Engine, erased: Erased, now_ms: int) -> tuple[list[str], list[str]]:
     """Delete the rows of the snapshots that have something of it and mark the adapters trained on them.
 
     The manifests stay, for they say what an adapter came from and have nobody's words.
     """
     snapshots, adapters = [], []
-    for run in sorted(path for path in folder.glob("*") if path.is_dir()):
+    for run in sorted(path for path in folder.glob("[!.]*") if path.is_dir()):
         files = [file for file in (run / TRAIN, run / HELD_OUT) if file.exists()]
         if not any(_has_rows(file, erased) for file in files):
             continue

@@ -160,7 +160,8 @@ async def _refuse_to_be_open(parts: Parts) -> None:
             f"gateway.host is {gateway.host!r} but gateway.rater_salt is the default, which everybody knows: raters "
             "could be guessed from their hashes; set it, for instance to what `openssl rand -hex 32` prints"
         )
-    await parts.routes.is_known.wait()
+    if not parts.routes.keys.has_any:  # of the settings, or kept from before
+        await parts.routes.is_known.wait()
     if not parts.routes.keys.has_any:
         why = "there is no API key" if parts.routes.keys.is_known else "the store, which has the API keys, is away"
         raise ValueError(
@@ -223,7 +224,7 @@ def _allow_origin(
         origin = request.headers.get("Origin")
         if origin is not None and not origins.isdisjoint((origin, "*")):
             response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = f"{RESPONSE_ID}, {FEEDBACK_TOKEN}"
+            response.headers["Access-Control-Expose-Headers"] = f"{RESPONSE_ID}, {FEEDBACK_TOKEN}, Retry-After"
             response.headers["Vary"] = "Origin"
 
     return allow

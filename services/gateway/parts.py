@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from loop import metrics
 from loop.events import HybridClock
 from loop.keys import Scope
 from loop.settings import GatewaySettings, Settings
@@ -70,7 +71,7 @@ class Parts:
             found = keys.find(authorization)
             if found is None and not keys.is_known:
                 message = "the store, which has the API keys, cannot be reached yet; send it again"
-                raise Refusal(503, message, code="not_ready", retry_after_s=1)
+                raise _refused(503, message, "not_ready", retry_after_s=1)
         return found
 
     async def check_key(self, request: web.Request, scope: Scope) -> Caller:
@@ -80,7 +81,7 @@ class Parts:
         self.check_headers(request)
         caller = await self.caller(request)
         if caller is None:
-            raise Refusal(401, "no valid API key; send `Authorization: Bearer <key>`", code="invalid_api_key")
+            raise _refused(401, "no valid API key; send `Authorization: Bearer <key>`", "invalid_api_key")
         self.check_scope(caller, scope)
         self._limit_key(caller)
         return caller
@@ -100,7 +101,7 @@ class Parts:
             message = (
                 f"API key {caller.key_id} has not the scope {scope!r} (but: {has}); `thumbwheel keys add` makes one"
             )
-            raise Refusal(403, message, code="missing_scope")
+            raise _refused(403, message, "missing_scope")
 
     def check_headers(self, request: web.Request) -> None:
         """Raises Refusal 431. What is beyond these limits by far, aiohttp does not even read (`app.py`)."""
@@ -109,7 +110,7 @@ class Parts:
             message = (
                 f"the headers are more than {MAX_HEADERS}, or larger than {most} bytes, which is the most taken here"
             )
-            raise Refusal(431, message, code="headers_too_large")
+            raise _refused(431, message, "headers_too_large")
 
     def _limit_key(self, caller: Caller) -> None:
         """Take one of the key's requests. Raises Refusal 429."""
@@ -135,7 +136,12 @@ def _take(limit: RateLimit, subject: str, who: str) -> None:
     if wait_s:
         after_s = math.ceil(wait_s)
         message = f"{who} asks too often; ask again in {after_s} s"
-        raise Refusal(429, message, code="rate_limit_exceeded", retry_after_s=after_s)
+        raise _refused(429, message, "rate_limit_exceeded", retry_after_s=after_s)
+
+
+def _refused(status: int, message: str, code: str, retry_after_s: int = 0) -> Refusal:
+    metrics.gateway_refused.labels(code).inc()
+    return Refusal(status, message, code=code, retry_after_s=retry_after_s)
 
 
 PARTS = web.AppKey("parts", Parts)

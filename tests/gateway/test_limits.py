@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from services.gateway.limits import RateLimit
 from tests.gateway.conftest import HELLO, Gateway, StartGateway
@@ -62,6 +63,8 @@ async def test_a_key_that_asks_too_often_is_told_when_to_come_back(start: StartG
     assert (status, body["error"]["type"]) == (429, "rate_limit_error")
     assert 90 < int(response.headers["Retry-After"]) <= 100
     assert await statuses(gateway, CHAT, [HELLO], "k2") == [401]
+    for code in ("rate_limit_exceeded", "invalid_api_key"):
+        assert (REGISTRY.get_sample_value("thumbwheel_gateway_refused_total", {"code": code}) or 0) >= 1
 
 
 async def test_a_rater_that_asks_too_often_holds_up_nobody_else(start: StartGateway) -> None:

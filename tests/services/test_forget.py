@@ -26,6 +26,7 @@ from loop.settings import GatewaySettings, LogSettings, Settings, SnapshotSettin
 from loop.snapshot import make_snapshot
 from loop.store.examples import stream_examples
 from loop.store.joining import Reader, apply
+from loop.store.runs import drop_lease, take_lease
 from services import forget as forgetting
 from services.cli import app
 from services.forget import forget
@@ -209,6 +210,19 @@ def test_a_journal_that_is_not_done_with_it_is_named(machine: Machine, monkeypat
     (said,) = forget(machine.settings, machine.store, "user", rater("ann"))["later"]
     assert "journal-gateway-1" in said
     machine.journal.done(place)
+    assert forget(machine.settings, machine.store, "user", rater("ann"))["later"] == []
+    assert machine.files_with(SECRET) == []
+
+
+def test_what_a_killed_run_has_left_goes_and_what_one_is_making_is_named(machine: Machine) -> None:
+    unfinished = machine.settings.snapshot.dir / ".run-3-abcd"
+    unfinished.mkdir()
+    (unfinished / "spool").write_bytes(SECRET)
+    assert take_lease(machine.store, "run", "scheduler", NOW_MS, 3_600_000)
+    (said,) = forget(machine.settings, machine.store, "user", rater("ann"))["later"]
+    assert "a run is at work" in said
+    assert unfinished.exists()
+    drop_lease(machine.store, "run", "scheduler")
     assert forget(machine.settings, machine.store, "user", rater("ann"))["later"] == []
     assert machine.files_with(SECRET) == []
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, delete, select
 
 from loop.erasure import Kind
 from loop.events import decode_feedback, decode_response, encode, key_of_message_id
 from loop.join import Batch, DeadLetter
 from loop.log import NewRecord
 from loop.settings import StoreSettings
-from loop.store import erasures, open_store
+from loop.store import erasures, open_store, write
 from loop.store.bulk import Bulk
 from loop.store.erasures import erase, read_erased
 from loop.store.joining import apply
@@ -192,6 +192,14 @@ def test_a_users_response_that_comes_after_the_erasure_is_left_out_with_the_vote
     with store.connect() as connection:
         assert [len(connection.execute(select(table)).all()) for table in (votes, responses, examples)] == [0, 0, 0]
     assert ID in read_erased(store).responses
+
+
+def test_a_rated_response_older_than_the_stores_retention_is_found_in_its_example(store: Engine) -> None:
+    apply(store, READER, batch_of(response(ID, rater=ANN), feedback("f", "up", HLC, response_id=ID, rater="bob")), {})
+    with write(store) as connection:
+        connection.execute(delete(responses))
+    assert erase(store, "user", ANN, START_MS)["votes"] == 1
+    assert examples_in(store) == {}
 
 
 def test_dead_letters_that_name_an_erased_person_go_and_stay_out(store: Engine) -> None:
