@@ -152,6 +152,12 @@ async def test_a_gateway_that_never_saw_its_keys_lets_nobody_in(start: StartGate
     assert (await alone.chat())[0] == 503
 
 
+async def test_a_key_that_was_left_empty_is_none(start: StartGateway) -> None:
+    gateway = await start(api_keys=[""])
+    for headers in ({}, bearer(""), {"Authorization": "Bearer"}):
+        assert (await gateway.post("/v1/chat/completions", HELLO, headers))[0] == 401
+
+
 async def test_no_file_has_a_key(start: StartGateway, store: Engine, tmp_path: Path) -> None:
     key, text = add_key(store, "app", ("chat",), 1)
     assert await status_of(await start(), text) == 200
