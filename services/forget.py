@@ -82,7 +82,7 @@ def _erase_snapshots(folder: Path, store: Engine, erased: Erased, now_ms: int) -
 def _has_rows(file: Path, erased: Erased) -> bool:
     for batch in pq.ParquetFile(file).iter_batches(columns=["example_id", "raters"]):
         for row in batch.to_pylist():
-            response_id = row["example_id"].rpartition("/")[0]
+            response_id = row["example_id"].partition("/")[0]
             if response_id in erased.responses or any(map(erased.has_voter, row["raters"] or ())):
                 return True
     return False
