@@ -24,6 +24,9 @@ gateway_responses_logged = Counter("thumbwheel_gateway_responses_logged", "Respo
 gateway_responses_lost = Counter(
     "thumbwheel_gateway_responses_lost", "Responses served but not written to the spool in time.", ["reason"]
 )
+gateway_refused = Counter(
+    "thumbwheel_gateway_refused", "Requests refused for their key, scope, rate or headers.", ["code"]
+)
 gateway_feedback = Counter("thumbwheel_gateway_feedback", "Feedback taken, by value and result.", ["value", "status"])
 gateway_spool_records = Gauge("thumbwheel_gateway_spool_records", "Records in the spool that the log has not got yet.")
 gateway_route_generation = Gauge("thumbwheel_gateway_route_generation", "Generation of the route in use.", ["alias"])
