@@ -75,10 +75,10 @@ def _asked_for_by(engine: Engine, rater: str) -> list[str]:
 
 
 def _delete_dead_letters(engine: Engine) -> int:
-    erased, place = read_erased(engine), (dead_letters.c.topic, dead_letters.c.partition, dead_letters.c.offset)
+    erased, place = read_erased(engine), tuple(dead_letters.primary_key)
     with engine.connect() as connection:
         rows = connection.execution_options(yield_per=ROWS).execute(select(*place, dead_letters.c.value))
-        named = [tuple(row[:3]) for row in rows if erased.is_in(bytes(row.value))]
+        named = [tuple(row[:-1]) for row in rows if erased.is_in(bytes(row.value))]
     for start in range(0, len(named), ROWS):
         with write(engine) as connection:
             connection.execute(delete(dead_letters).where(tuple_(*place).in_(named[start : start + ROWS])))

@@ -20,7 +20,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 
 # Of `migrations/versions`; to be raised with every change below.
-REVISION = "0004"
+REVISION = "0005"
 
 metadata = MetaData()
 Json = JSON().with_variant(postgresql.JSONB(), "postgresql")
