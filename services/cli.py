@@ -434,7 +434,7 @@ def forget(
     from loop.erasure import Kind
     from loop.events import hash_rater, key_of_response_id
     from loop.store import open_store
-    from loop.store.joining import reaching
+    from loop.store.engine import reaching
     from services.forget import forget as erase
 
     tree = _settings(settings)

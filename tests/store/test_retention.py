@@ -62,7 +62,7 @@ def test_an_old_example_can_still_be_voted_on(aged: Engine) -> None:
     event = examples_in(aged)[IDS[10], 0]["event"]
     apply(aged, READER, batch_of(feedback("late", "down", hlc(NOW_MS), response_id=IDS[10], rater="bob")), {})
     assert examples_in(aged)[IDS[10], 0] == {
-        "votes": {"ann": ("up", 1.0, hlc(NOW_MS - 10 * DAY_MS)), "bob": ("down", 1.0, hlc(NOW_MS))},
+        "votes": {"ann": ("up", 1.0, hlc(NOW_MS - 10 * DAY_MS), None), "bob": ("down", 1.0, hlc(NOW_MS), None)},
         "up": 1,
         "down": 1,
         "event": event,
