@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from loop import metrics
 from loop.events import HybridClock
 from loop.settings import GatewaySettings, Settings
-from services.gateway.engines import Engines
+from services.gateway.engines import RETRY_AFTER_S, Engines
 from services.gateway.errors import Refusal
 from services.gateway.identity import TokenSigner, is_key_known
 from services.gateway.recent import Recent
+from services.gateway.redactor import Redactor
 from services.gateway.routes import RouteWatch
 from services.gateway.spool import Spool
 
@@ -28,8 +32,10 @@ class Parts:
     engines: Engines
     routes: RouteWatch
     spool: Spool
+    redactor: Redactor | None
     clock: HybridClock
     is_draining: bool = False
+    open_requests: int = 0
     gateway: GatewaySettings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +67,19 @@ class Parts:
         """Raises Refusal 401 for a caller without a key."""
         if not self.has_key(request):
             raise Refusal(401, "no valid API key; send `Authorization: Bearer <key>`", code="invalid_api_key")
+
+    @contextmanager
+    def admit(self, endpoint: str) -> Iterator[None]:
+        """Room for one request to the engine. Raises Refusal 503 where there is none, its body not read yet."""
+        if self.open_requests >= self.gateway.max_open_requests:
+            metrics.gateway_requests.labels(endpoint, "", "503").inc()
+            message = f"{self.open_requests} requests are open, which is the most that is taken here; try again"
+            raise Refusal(503, message, code="overloaded", retry_after_s=RETRY_AFTER_S)
+        self.open_requests += 1
+        try:
+            yield
+        finally:
+            self.open_requests -= 1
 
     def stamp(self) -> int:
         """The next stamp of the hybrid clock."""

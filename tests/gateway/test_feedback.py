@@ -174,8 +174,8 @@ async def test_a_burst_of_votes_is_all_on_disk(gateway: Gateway) -> None:
     async def one(number: int) -> int:
         return (await vote(gateway, message_id=f"m{number}", value="up", feedback_id=f"f{number}"))[0]
 
-    assert set(await asyncio.gather(*map(one, range(1000)))) == {202}
-    assert len({given.feedback_id for given in gateway.feedback()}) == 1000
+    assert set(await asyncio.gather(*map(one, range(10_000)))) == {202}
+    assert len({given.feedback_id for given in gateway.feedback()}) == 10_000
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
