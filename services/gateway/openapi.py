@@ -15,7 +15,7 @@ from aiohttp import web
 
 from loop.events import ResponseId
 from services.gateway.asks import MAX_ID_CHARS
-from services.gateway.feedback import VALUES, Vote
+from services.gateway.feedback import MAX_ITEMS, VALUES, Vote
 from services.gateway.proxy import NO_RESPONSES
 from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
 
@@ -95,6 +95,16 @@ def _passed_on(summary: str) -> Schema:
     }
 
 
+def _langfuse(summary: str) -> Schema:
+    taken = {status: {"description": "Taken.", **_json({})} for status in ("200", "202", "207")}
+    return {
+        "summary": summary,
+        "description": "As Langfuse's clients send it; its own documentation says what may be in it.",
+        "tags": ["langfuse"],
+        "responses": {**taken, **_errors("400", "401", "404", "413", "422", "503")},
+    }
+
+
 _MODEL: Schema = {"type": ["string", "null"], "description": "The alias; the base or a served version by its name."}
 _METADATA: Schema = {
     "type": ["object", "null"],
@@ -159,6 +169,34 @@ _SCHEMAS: dict[str, Schema] = {
             },
         },
     },
+    "Votes": {
+        "type": "object",
+        "required": ["items"],
+        "properties": {
+            "items": {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": MAX_ITEMS,
+                "items": {},
+                "description": "Each a Vote, judged by itself.",
+            }
+        },
+        "additionalProperties": False,
+    },
+    "Results": {
+        "type": "object",
+        "required": ["items"],
+        "properties": {
+            "items": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["status"],
+                    "properties": {"status": {"type": "integer"}, "feedback_id": {"type": "string"}},
+                },
+            }
+        },
+    },
     "Accepted": {
         "type": "object",
         "required": ["feedback_id", "status"],
@@ -188,7 +226,7 @@ _PATHS: dict[str, Schema] = {
     "/detokenize": {"post": _passed_on("The text of token ids")},
     "/v1/feedback": {
         "post": {
-            "summary": "One thumb",
+            "summary": "A thumb, or up to 1,000 of them",
             "description": "By `response_id`, by the app's own `message_id`, or by the response's token alone. "
             "A rater's last vote wins; a `feedback_id` that is sent twice counts once.",
             "tags": ["feedback"],
@@ -200,11 +238,44 @@ _PATHS: dict[str, Schema] = {
                     {"type": "string", "maxLength": 128, "pattern": "^[\\x21-\\x7e]*$"},
                 )
             ],
-            "requestBody": {"required": True, **_json(_ref("Vote"))},
+            "requestBody": {"required": True, **_json({"anyOf": [_ref("Vote"), _ref("Votes")]})},
             "responses": {
                 "202": {"description": "It is on disk.", **_json(_ref("Accepted"))},
+                "207": {"description": "What each vote of several would have got alone.", **_json(_ref("Results"))},
                 **_errors("400", "401", "403", "413", "422", "503"),
             },
+        }
+    },
+    "/api/public/scores": {
+        "post": {
+            **_langfuse("A score, or a list of them"),
+            "requestBody": {"required": True, **_json({"type": ["object", "array"]})},
+        }
+    },
+    "/api/public/scores/{score_id}": {
+        "delete": {
+            **_langfuse("A score is taken back"),
+            "parameters": [{"name": "score_id", "in": "path", "required": True, "schema": {"type": "string"}}],
+        }
+    },
+    "/api/public/ingestion": {
+        "post": {
+            **_langfuse("Events; the scores among them are taken"),
+            "requestBody": {"required": True, **_json({"type": "object", "required": ["batch"]})},
+        }
+    },
+    "/api/public/otel/v1/traces": {
+        "post": {
+            **_langfuse("Spans, which are dropped"),
+            "requestBody": {"required": True, **_json({})},
+        }
+    },
+    "/thumbs.js": {
+        "get": {
+            "summary": "Thumbs for a web page",
+            "tags": ["feedback"],
+            "security": [],
+            "responses": {"200": {"description": "A script.", "content": {"text/javascript": {}}}},
         }
     },
     "/healthz": {
@@ -239,6 +310,7 @@ def openapi() -> Schema:
         "tags": [
             {"name": "engine", "description": "The OpenAI API, answered by the engine."},
             {"name": "feedback", "description": "Thumbs."},
+            {"name": "langfuse", "description": "What Langfuse's clients send."},
             {"name": "process", "description": "For those who run it."},
         ],
         "security": [{"key": []}, {}],

@@ -76,10 +76,10 @@ async def pass_through(request: web.Request) -> web.Response:
 
 async def not_served(request: web.Request) -> web.Response:
     """Everything else, the engine's admin routes among it, stays unreachable."""
-    routes = [route for resource in request.app.router.resources() for route in resource]
-    served = {route.method for route in routes if route.resource and route.resource.canonical == request.path}
-    if served:
-        allowed = ", ".join(sorted(served))
+    served = [(await resource.resolve(request))[1] for resource in request.app.router.resources()]
+    methods = set[str]().union(*served) - {"*", "OPTIONS"}  # which every path has
+    if methods:
+        allowed = ", ".join(sorted(methods))
         message = f"{request.path} takes {allowed}, not {request.method[:20]}"
         raise Refusal(405, message, code="method_not_allowed", headers={"Allow": allowed})
     if request.path.startswith("/v1/responses"):

@@ -209,9 +209,10 @@ async def test_nothing_private_reaches_the_disk(private: Gateway, stream: bool) 
     (logged,) = private.responses()
     assert logged.messages == [{"role": "user", "content": "card <CARD>"}]
     assert (logged.redacted, logged.prompt_token_ids, logged.choices[0].token_ids) == (True, None, None)
-    body = {"message_id": "m", "value": "down", "comment": "answer me at bob@example.com"}
+    body = {"message_id": "m", "value": "down", "comment": "answer me at bob@example.com", "correction": CARD}
     assert (await private.post("/v1/feedback", body))[0] == 202
-    assert private.feedback()[0].comment == "answer me at <EMAIL>"
+    (vote,) = private.feedback()
+    assert (vote.comment, vote.correction) == ("answer me at <EMAIL>", "<CARD>")
     found = on_disk(private)
     assert CARD.encode() not in found
     assert b"bob@example.com" not in found
