@@ -127,14 +127,14 @@ class Spool:
     async def _redact(self, job: _Job, redactor: Redactor) -> None:
         if not self._build(job):
             return
-        assert job.record is not None
+        (record,) = job.records
         self._redacting_bytes += job.size
         try:
-            record = job.record._replace(value=await redactor.redact(job.record.value, is_feedback=False))
+            clean = record._replace(value=await redactor.redact(record.value, is_feedback=False))
         except RedactionError:
             self._lose(job, "redaction")
         else:
-            job.build = lambda: record
+            job.build = lambda: clean
             self._take(job)
         finally:
             self._redacting_bytes -= job.size
