@@ -255,7 +255,9 @@ _PATHS: dict[str, Schema] = {
     "/api/public/scores/{score_id}": {
         "delete": {
             **_langfuse("A score is taken back"),
-            "parameters": [{"name": "score_id", "in": "path", "required": True, "schema": {"type": "string"}}],
+            "parameters": [
+                {**_header("score_id", "As the score was given.", {"type": "string"}), "in": "path", "required": True}
+            ],
         }
     },
     "/api/public/ingestion": {
@@ -268,6 +270,7 @@ _PATHS: dict[str, Schema] = {
         "post": {
             **_langfuse("Spans, which are dropped"),
             "requestBody": {"required": True, **_json({})},
+            "responses": {"200": {"description": "Dropped.", "content": {"*/*": {}}}, **_errors("401", "413")},
         }
     },
     "/thumbs.js": {
