@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from typing import Any
+from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -59,10 +59,10 @@ async def test_the_responses_api_is_refused_with_the_reason(gateway: Gateway, pa
     assert "/v1/chat/completions" in body["error"]["message"]
 
 
-async def schemathesis(url: str, *options: str) -> tuple[int, str]:
+async def schemathesis(url: str, folder: Path, *options: str) -> tuple[int, str]:
     command = ("-m", "schemathesis.cli", "run", url + "/openapi.json", "--seed", "1", "--no-color", *options)
     child = await asyncio.create_subprocess_exec(
-        sys.executable, *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        sys.executable, *command, cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     output, _ = await child.communicate()
     assert child.returncode is not None
@@ -80,6 +80,6 @@ CASES: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-async def test_schemathesis_passes(gateway: Gateway, options: Any) -> None:
-    status, output = await schemathesis(gateway.url, "--checks", "all", "--max-examples", "25", *options)
+async def test_schemathesis_passes(gateway: Gateway, tmp_path: Path, options: tuple[str, ...]) -> None:
+    status, output = await schemathesis(gateway.url, tmp_path, "--checks", "all", "--max-examples", "25", *options)
     assert status == 0, output
