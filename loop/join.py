@@ -118,12 +118,16 @@ class Batch:
     responses: dict[str, tuple[Response, bytes]] = field(default_factory=dict)
     votes: dict[tuple[str, str], Vote] = field(default_factory=dict)
     dead_letters: list[DeadLetter] = field(default_factory=list)
+    raters: dict[str, str] = field(default_factory=dict)
+    """Who asked for a response, where that is known; not a part of the join, but of what is to be erased."""
 
-    def add_response(self, response: Response, event: bytes) -> None:
+    def add_response(self, response: Response, event: bytes, rater: str | None) -> None:
         """Keep the earliest of its response_id."""
         other = self.responses.get(response.response_id)
         if other is None or is_earlier_response(response, other[0]):
             self.responses[response.response_id] = response, event
+        if rater:  # of any event under this id: who may have asked for it
+            self.raters[response.response_id] = rater
 
     def add_vote(self, vote: Vote) -> None:
         """Keep the earliest copy of its feedback_id."""
@@ -138,7 +142,8 @@ def read_batch(records: Iterable[Record], responses_topic: str) -> Batch:
     for record in records:
         try:
             if record.topic == responses_topic:
-                batch.add_response(read_response(decode_response(record.value)), record.value)
+                event = decode_response(record.value)
+                batch.add_response(read_response(event), record.value, event.data.rater)
             else:
                 batch.add_vote(read_vote(decode_feedback(record.value)))
         except EventError as exc:

@@ -27,6 +27,9 @@ gateway_responses_logged = Counter("thumbwheel_gateway_responses_logged", "Respo
 gateway_responses_lost = Counter(
     "thumbwheel_gateway_responses_lost", "Responses served but not written to the spool in time.", ["reason"]
 )
+gateway_refused = Counter(
+    "thumbwheel_gateway_refused", "Requests refused for their key, scope, rate or headers.", ["code"]
+)
 gateway_feedback = Counter("thumbwheel_gateway_feedback", "Feedback taken, by value and result.", ["value", "status"])
 gateway_redactions = Counter(
     "thumbwheel_gateway_redactions", "Events that went through the redactor, by result.", ["result"]

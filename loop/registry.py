@@ -7,6 +7,7 @@ reason in the history. Knows the store, not the engine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
 from sqlalchemy import Connection, Engine, func, insert, select, update
@@ -111,6 +112,18 @@ def move(
         .values(state=state, updated_at_ms=now_ms, manifest=adapter.manifest | (manifest or {}))
     )
     _note(connection, version, state, reason, now_ms)
+
+
+def mark_erased(engine: Engine, run_id: str, now_ms: int) -> list[str]:
+    """Note on what a run has trained that somebody it learned from was erased since; returns the versions."""
+    day = datetime.fromtimestamp(now_ms / 1000, UTC).date().isoformat()
+    with write(engine) as connection:
+        marked = connection.execute(select(adapters).where(adapters.c.run_id == run_id)).all()
+        for row in marked:
+            manifest = row.manifest | {"learned_from_erased": day}
+            connection.execute(update(adapters).where(adapters.c.version == row.version).values(manifest=manifest))
+            _note(connection, row.version, row.state, "has learned from what was erased; a new run does not", now_ms)
+    return [row.version for row in marked]
 
 
 def get_adapter(engine: Engine, version: str) -> Adapter:

@@ -63,7 +63,7 @@ class GatewaySettings(Section):
     """The sidecar in front of vLLM."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; loopback only, as long as no API key is configured."""
+    """Address to listen on; loopback only, as long as there is no API key."""
     port: Port = 8080
     """Port of the public API."""
     metrics_port: Port = 9101
@@ -75,19 +75,30 @@ class GatewaySettings(Section):
     process: Annotated[int, Field(ge=0)] | None = None
     """Number of this one of the `processes`; `thumbwheel gateway` sets it in those that it starts."""
     api_keys: list[SecretStr] = []
-    """Keys that callers must present as `Authorization: Bearer`; none switches the check off (loopback only)."""
+    """Keys with every scope beside those of `thumbwheel keys`: for a deployment that makes its secrets itself, and for
+    the console's playground, which presents the first. Taking one back needs a restart."""
     token_secret: SecretStr | None = None
     """Secret that signs feedback tokens; without one, a random one is made at each start."""
+    previous_token_secrets: list[SecretStr] = []
+    """Secrets that it has replaced: tokens signed with them are good until they expire."""
     token_ttl_s: Annotated[int, Field(ge=60, le=31_536_000)] = 7 * 86_400
     """How long a feedback token may be used."""
     rater_salt: SecretStr = SecretStr("thumbwheel")
-    """Key of the hash under which raters are stored."""
+    """Key of the hash under which raters are stored; must be changed where the gateway listens beyond loopback."""
+    key_requests_per_s: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Requests of one API key in a second, on average; none for any number."""
+    rater_requests_per_s: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Requests and votes of one rater in a second, on average; none for any number."""
+    rate_burst_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    """How many seconds' worth of requests may come at once."""
     cors_origins: list[str] = []
     """Origins that browsers may call from."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * 1024 * 1024
     """Largest request body."""
     max_open_requests: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
     """Most requests for the engine at once; above, callers get a 503 with `Retry-After` before their body is read."""
+    max_header_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = 32 * 1024
+    """Largest request headers, all of them together."""
     spool_quota_bytes: Annotated[int, Field(ge=1 << 20)] = 4 * 1024**3
     """Disk that records may take which wait for Kafka or, in the embedded log, for the joiner (what is joined does not
     count); past it, and with less than 256 MiB free on the disk, responses are dropped and counted, feedback never."""
@@ -100,7 +111,7 @@ class GatewaySettings(Section):
     presidio_config: Path | None = None
     """Presidio's own configuration of its analyzer (YAML); none for its defaults."""
     route_poll_s: Annotated[float, Field(gt=0, le=60)] = 0.5
-    """How often routes are read from the store."""
+    """How often routes and API keys are read from the store."""
     drain_timeout_s: Seconds = 30.0
     """How long open streams may go on after SIGTERM."""
     regenerate_weight: ImplicitWeight | None = None
@@ -431,15 +442,6 @@ class Settings(Section):
     rollout: RolloutSettings = RolloutSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     console: ConsoleSettings = ConsoleSettings()
-
-    @model_validator(mode="after")
-    def _open_only_with_keys(self) -> Settings:
-        if not self.gateway.api_keys and self.gateway.host not in {"127.0.0.1", "::1", "localhost"}:
-            raise ValueError(
-                f"gateway.host is {self.gateway.host!r} but gateway.api_keys is empty: without a key the gateway "
-                "binds to loopback only; set gateway.api_keys or gateway.host = '127.0.0.1'"
-            )
-        return self
 
     @model_validator(mode="after")
     def _tokens_hold_in_every_process(self) -> Settings:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -30,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+keys = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 console = Console(stderr=True)
 SettingsFile = Annotated[
     Path | None, typer.Option("--settings", help="TOML file; else THUMBWHEEL_SETTINGS, else ./thumbwheel.toml")
@@ -301,6 +304,8 @@ def adapters(settings: SettingsFile = None) -> None:
     )
     for adapter in list_adapters(open_store(_settings(settings).store)):
         snapshot, verdict = adapter.manifest.get("snapshot", ""), adapter.manifest.get("verdict", "")
+        if "learned_from_erased" in adapter.manifest:
+            verdict += f", learned from what was erased {adapter.manifest['learned_from_erased']}"
         table.add_row(
             adapter.version,
             adapter.state,
@@ -373,6 +378,88 @@ def log_(
     else:
         show_log(found, Console())
     log.close()
+
+
+# --- who may call, and whose data is kept ----------------------------------------------------------------------------
+
+
+@keys.command(name="add")
+def add_key(
+    name: Annotated[str, typer.Argument(help="Whose it is; during a rotation two keys have one name.")],
+    scopes: Annotated[str, typer.Option(help="What it permits: chat, feedback, admin; comma-separated.")] = (
+        "chat,feedback"
+    ),
+    settings: SettingsFile = None,
+) -> None:
+    """Make an API key and print it, once; gateways take it from their next poll on."""
+    from loop.keys import read_scopes
+    from loop.store import open_store
+    from loop.store.keys import add_key as add
+
+    permitted = read_scopes(scopes)
+    key, text = add(open_store(_settings(settings).store), name, permitted, int(time.time() * 1000))
+    _print_json({"key_id": key.key_id, "name": key.name, "scopes": key.scopes, "key": text})
+
+
+@keys.command(name="list")
+def list_keys(settings: SettingsFile = None) -> None:
+    """List every key that ever was."""
+    from loop.store import open_store
+    from loop.store.keys import read_keys
+
+    table = Table(Column("key", no_wrap=True), "name", "scopes", "made", "revoked")
+    for key in read_keys(open_store(_settings(settings).store)):
+        revoked = "" if key.revoked_at_ms is None else _moment(key.revoked_at_ms)
+        table.add_row(key.key_id, key.name, ", ".join(key.scopes), _moment(key.created_at_ms), revoked)
+    Console().print(table)
+
+
+@keys.command(name="revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(help="As `thumbwheel keys list` shows it.")], settings: SettingsFile = None
+) -> None:
+    """Take a key back; gateways refuse it from their next poll on."""
+    from loop.store import open_store
+    from loop.store.keys import revoke_key as revoke
+
+    key = revoke(open_store(_settings(settings).store), key_id, int(time.time() * 1000))
+    _print_json({"key_id": key.key_id, "name": key.name, "revoked_at_ms": key.revoked_at_ms})
+
+
+@app.command()
+def forget(
+    rater: Annotated[str | None, typer.Option(help="Somebody's votes, by the app's own id for that person.")] = None,
+    user: Annotated[str | None, typer.Option(help="These, and every response that this person asked for.")] = None,
+    response: Annotated[str | None, typer.Option(help="One response and the votes on it, by its response_id.")] = None,
+    settings: SettingsFile = None,
+) -> None:
+    """Erase a person or a response for good, wherever this machine keeps it, and block their return by a replay.
+
+    Safe to call again, as after a failure, and to be called on every machine that has gateways, snapshots or caches.
+    """
+    from loop.erasure import Kind
+    from loop.events import hash_rater, key_of_response_id
+    from loop.store import open_store
+    from loop.store.joining import reaching
+    from services.forget import forget as erase
+
+    tree = _settings(settings)
+    given: dict[Kind, str | None] = {"rater": rater, "user": user, "response": response}
+    named = {kind: subject for kind, subject in given.items() if subject}
+    if len(named) != 1:
+        raise ValueError(f"expected one of --rater, --user and --response, got {len(named)}")
+    ((kind, subject),) = named.items()
+    if kind == "response":
+        key_of_response_id(subject)
+    else:
+        subject = hash_rater(tree.gateway.rater_salt.get_secret_value().encode(), subject)
+    store = open_store(tree.store)
+    with reaching(store):
+        _print_json(erase(tree, store, kind, subject))
+
+
+def _moment(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

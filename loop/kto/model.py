@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from loop.kto.artifacts import ADAPTER_CONFIG
 from loop.kto.attention import PACKED_ATTENTION
-from loop.kto.layers import replace_layers
+from loop.kto.layers import add_lora_in_place, replace_layers
 from loop.settings import TrainSettings
 
 Quantization = Literal["nf4", "none"]
@@ -91,6 +91,7 @@ def attach_lora(base: Any, settings: TrainSettings) -> PeftModel:
         model = get_peft_model(base, config)
     except ValueError as exc:
         raise ValueError(f"lora_target_modules = {settings.lora_target_modules!r}: {exc}") from exc
+    add_lora_in_place(model)
     head = model.get_base_model().get_output_embeddings()
     if any(parameter.requires_grad for parameter in head.parameters()):
         raise ValueError("lora_target_modules includes the output head: its adapter would not be trained; leave it out")
@@ -110,6 +111,7 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
         else:
             model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
     prepare(model)
+    add_lora_in_place(model)
     return model
 
 

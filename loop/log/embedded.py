@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,12 +86,8 @@ class EmbeddedLog:
         except OSError as exc:
             raise LogUnavailableError(f"embedded log {self.path}: {exc}") from exc
 
-    def put_meta(self, name: str, value: str) -> None:
-        """Keep a small value (a clock's last stamp), as durable as `write`."""
-        self.write((), {name: value})
-
     def get_meta(self, name: str) -> str | None:
-        """A kept value."""
+        """A value that `write` kept."""
         with self._lock, unavailable(self.path):
             row = self._connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
@@ -181,6 +177,32 @@ class EmbeddedLog:
                 if deleted < RETENTION_ROWS:
                     break
         return dropped
+
+    def erase(self, is_erased: Callable[[bytes], bool]) -> int:
+        """Overwrite and delete the records, wherever they are, whose value is to be erased; returns how many.
+
+        Their offsets stay given away. From now on everything that is deleted through this object is overwritten.
+        """
+        erased, after = 0, -1
+        with self._lock, unavailable(self.path):
+            self._connection.execute("PRAGMA secure_delete = ON")
+        page = "SELECT id, value FROM records WHERE id > ? ORDER BY id LIMIT ?"
+        while True:
+            with self._lock, unavailable(self.path):
+                rows = self._connection.execute(page, (after, RETENTION_ROWS)).fetchall()
+            if not rows:
+                break
+            after = rows[-1][0]
+            found = [(id,) for id, value in rows if is_erased(value)]
+            if found:
+                with self._transaction() as connection:
+                    given_away = "UPDATE slots SET dropped = max(dropped, ?1 + 1) WHERE slot = ?1 >> ?2"
+                    connection.executemany(given_away, [(id, OFFSET_BITS) for (id,) in found])
+                    connection.executemany("DELETE FROM records WHERE id = ?", found)
+                erased += len(found)
+        with self._lock, unavailable(self.path):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return erased
 
     def close(self) -> None:
         """Close the file; consumers close by themselves."""

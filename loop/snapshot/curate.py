@@ -70,6 +70,8 @@ class Label:
     """Who of those that agree voted last; None where nobody is named."""
     hlc: int
     """Stamp of that vote."""
+    raters: list[str]
+    """Everybody named whose vote counted, for or against."""
 
 
 def to_rows(example: Example, settings: SnapshotSettings) -> Iterator[Row | str]:
@@ -184,6 +186,7 @@ def settle(votes: Iterable[Vote], rule: Literal["drop", "majority"]) -> Label | 
         desirable=up > down,
         weight=sum(vote.weight for vote in agreeing) / len(agreeing),
         rater=named[-1] if named else None,
+        raters=sorted(vote.who for vote in standing if vote.named),
         hlc=agreeing[-1].hlc,
     )
 

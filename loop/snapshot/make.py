@@ -236,7 +236,7 @@ def _write(
                 label = pooled.get(index) or settle(row.votes, settings.disagreement)
                 assert label is not None, "rows without a label were dropped by `disagreement`"
                 weight = label.weight * (lambda_d if label.desirable else lambda_u)
-                batch.append(record(row, label.desirable, weight, label.rater))
+                batch.append(record(row, label, weight))
             yield batch
 
     files: dict[str, Any] = {}

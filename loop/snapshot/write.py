@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loop.snapshot.curate import Row
+from loop.snapshot.curate import Label, Row
 
 FORMAT = 1
 TRAIN, HELD_OUT, MANIFEST = "train.parquet", "held_out.parquet", "manifest.json"
@@ -29,24 +29,26 @@ SCHEMA = pa.schema(
         ("example_id", pa.string()),
         ("conversation_id", pa.string()),
         ("rater", pa.string()),
+        ("raters", pa.list_(pa.string())),  # all whose votes made the label: who is erased must be found
         ("adapter", pa.string()),
         ("source", pa.string()),  # served: the ids are what the engine sampled; template: there are none
     ]
 )
 
 
-def record(row: Row, desirable: bool, weight: float, rater: str | None) -> dict[str, Any]:
+def record(row: Row, label: Label, weight: float) -> dict[str, Any]:
     """One line of the Parquet file."""
     return {
         "prompt": [{"role": role, "content": text} for role, text in row.messages],
         "completion": [{"role": "assistant", "content": row.answer}],
-        "label": desirable,
+        "label": label.desirable,
         "prompt_ids": row.prompt_ids,
         "completion_ids": row.completion_ids,
         "weight": weight,
         "example_id": row.example_id,
         "conversation_id": row.conversation_id,
-        "rater": rater,
+        "rater": label.rater,
+        "raters": label.raters,
         "adapter": row.adapter,
         "source": "served" if row.prompt_ids is not None else "template",
     }

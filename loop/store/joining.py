@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 from sqlalchemy import Engine, func, select
 
+from loop.erasure import Erased
 from loop.join import (
     Batch,
     DeadLetter,
@@ -29,7 +30,7 @@ from loop.join import (
 from loop.store.bulk import Bulk, open_bulk
 from loop.store.engine import reaching, write
 from loop.store.partitions import ensure_days
-from loop.store.schema import IS_PENDING, dead_letters, examples, positions, response_index, responses, votes
+from loop.store.schema import IS_PENDING, dead_letters, erasures, examples, positions, response_index, responses, votes
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +88,12 @@ def apply(engine: Engine, reader: Reader, batch: Batch, spans: Mapping[int, Span
             bulk.stage(response_index, [(id, *response[1:]) for id, response, _ in turned])
             # 2. Whoever moves the positions has these partitions to himself until he commits.
             _advance(bulk, reader, spans)
-            # 3. Facts before what follows from them.
-            added, replaced, inserted, stale = _add_responses(bulk, batch)
+            # 3. What is erased stays out; read behind the positions, so that no erasure falls between.
+            batch, left_out = _without_erased(bulk, batch)
+            # 4. Facts before what follows from them.
+            added, replaced, inserted, stale = _add_responses(bulk, batch, left_out)
             changed, displaced = _add_votes(bulk, batch.votes)
-            # 4. What the facts mean, for the responses that something new says something about.
+            # 5. What the facts mean, for the responses that something new says something about.
             _rejoin(bulk, batch, added, replaced, [*changed, *displaced])
             bulk.insert(dead_letters, [_dead_row(letter, reader.log_id) for letter in batch.dead_letters])
     return Applied(inserted, changed, stale)
@@ -146,14 +149,75 @@ def _advance(bulk: Bulk, reader: Reader, spans: Mapping[int, Span]) -> None:
             raise PositionMovedError(f"{reader.group} is no longer at offsets {tuple(start)} of partition {partition}")
 
 
-def _add_responses(bulk: Bulk, batch: Batch) -> tuple[list[Response], list[Response], int, int]:
-    """Insert the staged responses; returns those that count now, what stood under their ids, and how many are new and
-    how many stale.
+def take_out_responses(bulk: Bulk, ids: Collection[str]) -> tuple[int, int]:
+    """Erase responses, their examples and the votes on them, for good; returns how many responses and votes it was.
+
+    Needs the partitions to itself, as `take_out_votes` does.
+    """
+    known = _known(bulk, ids)
+    messages = {response.message_id for response in known.values() if response.message_id is not None}
+    last = {id: last_response(response for response in _under(bulk, {id}).values()) for id in messages}
+    keys = {response.key for response in last.values() if response.response_id in known}
+    days, turned = {response.day for response in known.values()}, {turn(id) for id in ids}
+    rows = bulk.execute("DELETE FROM response_index WHERE turned_id IN ??", turned)
+    if known:
+        bulk.execute("DELETE FROM responses WHERE day IN ?? AND turned_id IN ??", days, turned)
+    bulk.execute("DELETE FROM examples WHERE response_id IN ??", set(ids))
+    return rows, _block(bulk, ids, keys)
+
+
+def take_out_votes(bulk: Bulk, rater: str, limit: int) -> int:
+    """Delete up to `limit` of a rater's votes and make the examples anew that they stood on; returns how many."""
+    taken = [Vote(*row) for row in bulk.select(f"SELECT {_VOTE} FROM votes WHERE rater = ? LIMIT ?", rater, limit)]
+    bulk.execute_many(
+        "DELETE FROM votes WHERE key = ? AND feedback_id = ?", [(vote.key, vote.feedback_id) for vote in taken]
+    )
+    _rejoin(bulk, Batch(), [], [], taken)
+    return len(taken)
+
+
+def _block(bulk: Bulk, ids: Collection[str], keys: Collection[str]) -> int:
+    """Tombstones for responses, and for the votes by message id under these keys; the votes go, returns how many."""
+    bulk.insert(erasures, [("response", id, None) for id in ids] + [("message", key, None) for key in keys])
+    votes = bulk.execute("DELETE FROM votes WHERE response_id IN ??", set(ids))
+    return votes + bulk.execute("DELETE FROM votes WHERE key IN ?? AND message_id IS NOT NULL", set(keys))
+
+
+def _without_erased(bulk: Bulk, batch: Batch) -> tuple[Batch, set[str]]:
+    """The batch without what is erased, and the turned ids of the responses that it lacks now."""
+    if not bulk.select("SELECT 1 FROM erasures LIMIT 1"):
+        return batch, set()
+    subjects = {*batch.responses, *batch.raters.values()}
+    subjects.update(name for vote in batch.votes.values() for name in (vote.rater, vote.key, vote.response_id) if name)
+    named = bulk.select("SELECT kind, subject FROM erasures WHERE subject IN ??", subjects)
+    erased = Erased.of(named)
+    gone = {id for id in batch.responses if erased.has_response(id, batch.raters.get(id))}
+    if new := gone - erased.responses:  # of a user: from now on they are known by their ids too
+        keys = {response.key for id in new if (response := batch.responses[id][0]).message_id is not None}
+        _block(bulk, new, keys)
+        erased = Erased.of([*named, *(("response", id) for id in new), *(("message", key) for key in keys)])
+    letters = batch.dead_letters
+    if letters:
+        anywhere = Erased.of(bulk.select("SELECT kind, subject FROM erasures WHERE kind <> 'message'"))
+        letters = [letter for letter in letters if not anywhere.is_in(letter.value)]
+    kept = Batch(
+        {id: brought for id, brought in batch.responses.items() if id not in gone},
+        {id: vote for id, vote in batch.votes.items() if not erased.has_vote(vote)},
+        letters,
+    )
+    return kept, {turn(id) for id in gone}
+
+
+def _add_responses(
+    bulk: Bulk, batch: Batch, left_out: Collection[str]
+) -> tuple[list[Response], list[Response], int, int]:
+    """Insert the staged responses but those `left_out`; returns those that count now, what stood under their ids, and
+    how many are new and how many stale.
     """
     added = [response for response, _ in batch.responses.values()]
     replaced: list[Response] = []
     later: set[str] = set()
-    inserted = bulk.insert_staged(response_index)
+    inserted = bulk.insert_staged(response_index, without=left_out)
     if inserted < len(added):  # else all are new, as nearly always: no need to look
         for other in _known(bulk, batch.responses).values():
             id, (response, _) = turn(other.response_id), batch.responses[other.response_id]
@@ -164,7 +228,7 @@ def _add_responses(bulk: Bulk, batch: Batch) -> tuple[list[Response], list[Respo
             elif other != response:
                 later.add(id)
         added = [response for response in added if turn(response.response_id) not in later]
-    bulk.insert_staged(responses, without=later)
+    bulk.insert_staged(responses, without=later.union(left_out))
     return added, replaced, inserted, len(later)
 
 

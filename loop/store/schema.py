@@ -138,6 +138,17 @@ dead_letters = Table(
     Column("replayed", Boolean, nullable=False),
 )
 
+# Tombstones, which stay: what they name (see `loop.erasure`) was erased and is not joined again. `at_ms`: when, in Unix
+# time; none where it follows from another row.
+erasures = Table(
+    "erasures",
+    metadata,
+    Column("kind", String(16), primary_key=True),  # rater | user | response | message
+    Column("subject", String(80), primary_key=True),
+    Column("at_ms", BigInteger),
+    Index("erasures_subject", "subject"),
+)
+
 # --- written by the nightly run --------------------------------------------------------------------------------------
 
 # Salted split, kept across nights: a unit once held out stays held out.
@@ -194,6 +205,19 @@ route_acks = Table(
     # The oldest generation that a request still open on this gateway was routed by: what may not be unloaded yet.
     Column("oldest_open", BigInteger, nullable=False),
     Column("seen_ms", BigInteger, nullable=False),
+)
+
+# What callers of the gateways present: the SHA-256, never the key. Rows are never deleted: a gateway is open to its own
+# machine only as long as there never was a key.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("key_id", String(12), primary_key=True),
+    Column("name", String(128), nullable=False),
+    Column("scopes", Json, nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("revoked_at_ms", BigInteger),
 )
 
 runs = Table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import resource
 import signal
 import time
@@ -18,19 +19,21 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from loop.events import HybridClock
 from loop.log.embedded import EmbeddedLog
-from loop.settings import LogSettings, Settings
+from loop.settings import GatewaySettings, LogSettings, Settings
 from services.gateway.engines import Engines
 from services.gateway.errors import Refusal
 from services.gateway.feedback import feedback
 from services.gateway.forward import forwarding
+from services.gateway.identity import KeyRing
 from services.gateway.langfuse import create_scores, delete_score, drop_traces, ingest
 from services.gateway.openapi import document, page
-from services.gateway.parts import PARTS, Parts
+from services.gateway.parts import MAX_HEADERS, PARTS, Parts
 from services.gateway.proxy import chat_completions, completions, models, not_served, pass_through
 from services.gateway.redactor import Redactor
 from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
 from services.gateway.routes import RouteWatch
 from services.gateway.spool import CLOCK, Spool
+from services.gateway.tokens import make_token
 
 _CANCEL_S = 1.0  # for handlers that were cancelled at the end of the drain
 _PREFLIGHT_AGE_S = "600"
@@ -52,6 +55,7 @@ def create_app(settings: Settings) -> web.Application:
             web.post("/tokenize", pass_through),
             web.post("/detokenize", pass_through),
             web.post("/v1/feedback", feedback),
+            web.post("/v1/feedback/tokens", make_token),
             web.post("/api/public/scores", create_scores),
             web.delete("/api/public/scores/{score_id}", delete_score),
             web.post("/api/public/ingestion", ingest),
@@ -132,7 +136,15 @@ async def _serve(settings: Settings) -> None:
     gateway = settings.gateway
     app = create_app(settings)
     # Handlers go on when their client has left, unless aiohttp is told otherwise.
-    public = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_CANCEL_S)
+    public = web.AppRunner(
+        app,
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=_CANCEL_S,
+        # Above our own limits, which answer with an error that clients can read; what is larger is not even buffered.
+        max_field_size=2 * gateway.max_header_bytes,
+        max_headers=2 * MAX_HEADERS,
+    )
     private = web.AppRunner(create_metrics_app(app), access_log=None, shutdown_timeout=_CANCEL_S)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -140,6 +152,7 @@ async def _serve(settings: Settings) -> None:
     try:
         await public.setup()
         await private.setup()
+        await _refuse_to_be_open(app[PARTS])
         is_shared = gateway.process is not None
         await web.TCPSite(private, gateway.host, gateway.metrics_port, reuse_port=is_shared).start()
         site = web.TCPSite(public, gateway.host, gateway.port, backlog=1024, reuse_port=is_shared)
@@ -150,6 +163,34 @@ async def _serve(settings: Settings) -> None:
     finally:
         await public.cleanup()
         await private.cleanup()
+
+
+async def _refuse_to_be_open(parts: Parts) -> None:
+    """Raises ValueError where others than this machine could call without a key, or guess who a rater is."""
+    gateway = parts.gateway
+    if is_loopback(gateway.host):
+        return
+    if gateway.rater_salt == GatewaySettings().rater_salt:
+        raise ValueError(
+            f"gateway.host is {gateway.host!r} but gateway.rater_salt is the default, which everybody knows: raters "
+            "could be guessed from their hashes; set it, for instance to what `openssl rand -hex 32` prints"
+        )
+    if not parts.routes.keys.has_any:  # of the settings, or kept from before
+        await parts.routes.is_known.wait()
+    if not parts.routes.keys.has_any:
+        why = "there is no API key" if parts.routes.keys.is_known else "the store, which has the API keys, is away"
+        raise ValueError(
+            f"gateway.host is {gateway.host!r} but {why}: without one the gateway binds to loopback only; make "
+            "one with `thumbwheel keys add NAME`, or set gateway.api_keys, or gateway.host = '127.0.0.1'"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def _drain(parts: Parts, timeout_s: float) -> None:
@@ -170,7 +211,8 @@ def _parts(settings: Settings) -> Callable[[web.Application], AsyncIterator[None
         redactor = None if gateway.redaction is None else Redactor(gateway.redaction, gateway.presidio_config)
         spool = Spool(log, waiting_bytes, gateway.spool_quota_bytes, journal, gateway.capture_timeout_s, redactor)
         engines = Engines(settings.engine)
-        routes = RouteWatch(settings.engine.alias, gateway.gateway_id, settings.store, log, gateway.route_poll_s)
+        keys = KeyRing((key.get_secret_value() for key in gateway.api_keys), is_local=is_loopback(gateway.host))
+        routes = RouteWatch(settings.engine.alias, gateway.gateway_id, settings.store, log, gateway.route_poll_s, keys)
         app[PARTS] = Parts(settings, engines, routes, spool, redactor, HybridClock(int(log.get_meta(CLOCK) or 0)))
         tasks = [asyncio.create_task(routes.watch()), asyncio.create_task(engines.watch())]
         with forwarding(log, settings.log):
@@ -201,7 +243,7 @@ def _allow_origin(
         origin = request.headers.get("Origin")
         if origin is not None and not origins.isdisjoint((origin, "*")):
             response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = f"{RESPONSE_ID}, {FEEDBACK_TOKEN}"
+            response.headers["Access-Control-Expose-Headers"] = f"{RESPONSE_ID}, {FEEDBACK_TOKEN}, Retry-After"
             response.headers["Vary"] = "Origin"
 
     return allow

@@ -77,12 +77,14 @@ class _Batch(msgspec.Struct, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True)
-class Caller:
-    """Who votes: with an API key, or with a response's token."""
+class Voter:
+    """Who votes: with an API key that permits it (`has_key`), or with a response's token."""
 
     has_key: bool
     token: str | None = None
     idempotency_key: str | None = None
+    key_id: str = ""
+    """Of the API key, which may permit other things only."""
 
 
 _fields = msgspec.json.Decoder(dict[str, Raw])
@@ -93,17 +95,23 @@ _vote = msgspec.json.Decoder(Vote)
 async def feedback(request: web.Request) -> web.Response:
     """POST /v1/feedback"""
     parts = request.app[PARTS]
-    caller = Caller(parts.has_key(request), request.headers.get(FEEDBACK_TOKEN), request.headers.get("Idempotency-Key"))
     try:
-        body = await read_body(request, MAX_BATCH_BYTES if caller.has_key else MAX_BYTES)
+        holder = await parts.voter(request)
+        voter = Voter(
+            has_key=holder is not None and "feedback" in holder.scopes,
+            token=request.headers.get(FEEDBACK_TOKEN),
+            idempotency_key=request.headers.get("Idempotency-Key"),
+            key_id="" if holder is None else holder.key_id,
+        )
+        body = await read_body(request, MAX_BATCH_BYTES if voter.has_key else MAX_BYTES)
         items, is_batch = read_items(body)
     except Refusal as exc:
         count_refused(exc)
         raise
     results: list[FeedbackGiven | Refusal] = []
     async for number, item in in_turns(items):
-        feedback_id = f"{caller.idempotency_key}/{number}" if is_batch and caller.idempotency_key else None
-        results.append(_take(item, feedback_id or caller.idempotency_key, caller, parts))
+        feedback_id = f"{voter.idempotency_key}/{number}" if is_batch and voter.idempotency_key else None
+        results.append(_take(item, feedback_id or voter.idempotency_key, voter, parts))
     await write_feedback([given for given in results if isinstance(given, FeedbackGiven)], parts)
     if is_batch:
         return answer(207, {"items": [_result(result) for result in results]})
@@ -135,10 +143,10 @@ def read_items(body: bytes) -> tuple[Sequence[bytes | Raw], bool]:
     return [body], False
 
 
-def _take(item: bytes | Raw, feedback_id: str | None, caller: Caller, parts: Parts) -> FeedbackGiven | Refusal:
+def _take(item: bytes | Raw, feedback_id: str | None, voter: Voter, parts: Parts) -> FeedbackGiven | Refusal:
     """One vote of the call, or why it is none; counted where it is none."""
     try:
-        return authorize(read_vote(item, feedback_id), caller, parts)
+        return authorize(read_vote(item, feedback_id), voter, parts)
     except Refusal as exc:
         count_refused(exc)
         return exc
@@ -162,14 +170,17 @@ def read_vote(body: bytes | Raw, feedback_id: str | None) -> Vote:
     return vote
 
 
-def authorize(vote: Vote, caller: Caller, parts: Parts) -> FeedbackGiven:
+def authorize(vote: Vote, voter: Voter, parts: Parts) -> FeedbackGiven:
     """The vote as its caller may give it: anything with an API key, one's own thumb with a token.
 
-    Raises Refusal 401, 403 or 422.
+    Raises Refusal 401, 403, 422 or 429.
     """
-    token = vote.token or caller.token
+    token = vote.token or voter.token
     if token is None:
-        if not caller.has_key:
+        if not voter.has_key and voter.key_id:
+            message = f"API key {voter.key_id} has not the scope 'feedback', and there is no feedback token"
+            raise Refusal(403, message, code="missing_scope")
+        if not voter.has_key:
             raise Refusal(401, f"no API key and no feedback token; send one of them ({FEEDBACK_TOKEN})")
         return _given(vote, vote.response_id, hash_rater(parts.rater_salt, vote.rater or ""), parts)
     try:
@@ -177,10 +188,11 @@ def authorize(vote: Vote, caller: Caller, parts: Parts) -> FeedbackGiven:
     except ValueError as exc:
         raise Refusal(401, str(exc), param="token", code="invalid_token") from exc
     _check_bound(vote, claim.response_id)
-    if not caller.has_key:
+    if not voter.has_key:
         for name in ("rater", "weight", "source", "correction"):
             if getattr(vote, name) is not None:
-                raise Refusal(403, f"a feedback token does not permit {name!r}; an API key does", param=name)
+                message = f"a feedback token does not permit {name!r}; an API key with the scope feedback does"
+                raise Refusal(403, message, param=name, code="missing_scope")
         if vote.feedback_id is not None:  # a browser's ids are its own: they never take another caller's
             vote.feedback_id = f"{claim.response_id}/{vote.feedback_id}"
     rater = claim.rater if vote.rater is None else hash_rater(parts.rater_salt, vote.rater)
@@ -197,7 +209,7 @@ def _check_bound(vote: Vote, response_id: str) -> None:
 
 def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> FeedbackGiven:
     """The event's data, stamped. Raises Refusal 422 where the vote names no response that can be, or no choice of
-    several, or a source that is off.
+    several, or a source that is off, and 429 where its rater votes too fast.
     """
     if response_id is None and vote.message_id is None:
         raise Refusal(422, "the vote names no response; give response_id, message_id or token", param="response_id")
@@ -216,6 +228,7 @@ def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> Fee
             param="source",
             code="source_off",
         )
+    parts.limit_rater(rater or response_id or "")
     return FeedbackGiven(
         feedback_id=vote.feedback_id or uuid7(int(time.time() * 1000)),
         value=cast(FeedbackValue, vote.value),

@@ -1,4 +1,4 @@
-"""Who calls and for what: API keys, the raters' keyed hashes and the signed feedback tokens. Pure but for the clock.
+"""Who calls and for what: API keys and the signed feedback tokens. Pure.
 
 A feedback token is `<payload>.<signature>`: base64url of `response_id|rater|expiry_s`, and of its HMAC-SHA256. A
 browser may hold it: it only permits a vote on that response, as that rater, until it expires.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hmac
 from base64 import b64decode, urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from loop.keys import SCOPES, ApiKey, digest_of
 
 _EXPECTED = "send X-Thumbwheel-Feedback-Token as it came with the response"
 
@@ -21,38 +23,72 @@ class Claim(NamedTuple):
     rater: str
 
 
-def is_key_known(keys: Iterable[bytes], authorization: str | None) -> bool:
-    """Whether `Authorization: Bearer <key>`, or `Basic` with it as the password, holds a known key; takes as long for a
-    wrong one as for the right one.
-    """
-    given = presented_key(authorization or "")
-    known = False
-    for key in keys:
-        known |= hmac.compare_digest(key, given)
-    return known
+class Caller(NamedTuple):
+    """Who presents a key, and what that key permits."""
+
+    key_id: str
+    scopes: frozenset[str]
 
 
-def presented_key(authorization: str) -> bytes:
+_EVERYTHING = frozenset[str](SCOPES)
+_ANYBODY = Caller("", _EVERYTHING)
+
+
+class KeyRing:
+    """The keys that are taken: those of the settings, which permit everything, and those of the store."""
+
+    def __init__(self, configured: Iterable[str], *, is_local: bool) -> None:
+        """`is_local`: nobody but this machine can call, so that no key is asked for as long as there never was one."""
+        self._configured = {digest_of(key): Caller("settings", _EVERYTHING) for key in configured}
+        self._callers = self._configured
+        self.is_local = is_local
+        self._stored: Sequence[ApiKey] | None = None
+
+    def learn(self, stored: Sequence[ApiKey]) -> None:
+        """The store's keys as they are now, the revoked ones among them."""
+        valid = {key.digest: Caller(key.key_id, frozenset(key.scopes)) for key in stored if key.revoked_at_ms is None}
+        self._callers = valid | self._configured
+        self._stored = stored
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the store's keys were ever learnt."""
+        return self._stored is not None
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a key, or was one: taking the last one back must not open the gateway."""
+        return bool(self._configured or self._stored)
+
+    def find(self, authorization: str | None) -> Caller | None:
+        """Who sends `Authorization: Bearer <key>`, or `Basic` with it as the password."""
+        if self.is_local and self.is_known and not self.has_any:
+            return _ANYBODY
+        key = presented_key(authorization or "")
+        return self._callers.get(digest_of(key)) if key else None
+
+
+def presented_key(authorization: str) -> str:
     """The key in the header; empty where there is none. The user's name of `Basic` says nothing."""
     scheme, _, value = authorization.partition(" ")
-    if scheme == "Bearer":
-        return value.encode(errors="surrogateescape")  # as aiohttp decodes headers
+    if scheme.lower() == "bearer":
+        return value
     try:
-        return b64decode(value, validate=True).partition(b":")[2] if scheme.lower() == "basic" else b""
-    except ValueError:  # not Base64
-        return b""
+        return b64decode(value, validate=True).decode().partition(":")[2] if scheme.lower() == "basic" else ""
+    except ValueError:  # not Base64, or not text
+        return ""
 
 
 class TokenSigner:
-    """Makes and checks feedback tokens with one secret."""
+    """Makes feedback tokens with one secret; checks them with it and with those that it has replaced."""
 
-    def __init__(self, secret: bytes) -> None:
-        self._keyed = hmac.new(secret, digestmod="sha256")
+    def __init__(self, secret: bytes, previous: Iterable[bytes] = ()) -> None:
+        self._keyed, *self._previous = (hmac.new(one, digestmod="sha256") for one in (secret, *previous))
 
     def sign(self, claim: Claim, expiry_s: int) -> str:
         """A token for the claim; `expiry_s` is Unix time."""
         payload = f"{claim.response_id}|{claim.rater}|{expiry_s}".encode()
-        return f"{_encode(payload)}.{_encode(self._signature(payload))}"
+        return f"{_encode(payload)}.{_encode(_signature(self._keyed, payload))}"
 
     def verify(self, token: str, now_s: float) -> Claim:
         """What the token permits. Raises ValueError, which says whether it is malformed, forged or expired."""
@@ -62,17 +98,19 @@ class TokenSigner:
             response_id, rater, expiry_s = payload.decode().split("|")
         except ValueError as exc:
             raise ValueError(f"the feedback token is malformed; {_EXPECTED}") from exc
-        if not hmac.compare_digest(self._signature(payload), signature):
+        keyed = (self._keyed, *self._previous)
+        if not any(hmac.compare_digest(_signature(one, payload), signature) for one in keyed):
             raise ValueError(f"the feedback token's signature is wrong; {_EXPECTED}")
         if now_s >= int(expiry_s):
             raise ValueError(f"the feedback token expired at {expiry_s} (Unix time)")
         return Claim(response_id, rater)
 
-    def _signature(self, payload: bytes) -> bytes:
-        # A copy of the keyed state: `hmac.digest` would give the interpreter's lock away for these few bytes.
-        keyed = self._keyed.copy()
-        keyed.update(payload)
-        return keyed.digest()
+
+def _signature(keyed: hmac.HMAC, payload: bytes) -> bytes:
+    # A copy of the keyed state: `hmac.digest` would give the interpreter's lock away for these few bytes.
+    keyed = keyed.copy()
+    keyed.update(payload)
+    return keyed.digest()
 
 
 def _encode(data: bytes) -> str:

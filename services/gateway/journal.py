@@ -102,6 +102,32 @@ def recover(stem: Path, write: Callable[[Sequence[NewRecord]], object]) -> int:
     return count
 
 
+def erase(path: Path, is_erased: Callable[[bytes], bool]) -> bool:
+    """Overwrite with zeros, in a journal's file, the values that are to be erased and that its writer, who may be at
+    work, has done with; False where there are some that he has not.
+    """
+    try:
+        file = path.open("r+b")
+    except FileNotFoundError:  # done with, all of it
+        return True
+    with file:
+        data = file.read()
+        (done,) = _DONE.unpack_from(data) if len(data) >= _DONE.size else (0,)
+        place, is_clean = _DONE.size, True
+        while place + _FRAME.size <= len(data):
+            length, checksum = _FRAME.unpack_from(data, place)
+            start, place = place + _FRAME.size, place + _FRAME.size + length
+            payload = data[start:place]
+            if not payload or zlib.crc32(payload) != checksum or not is_erased(_decode(payload).value):
+                continue  # overwritten before, or being written
+            if place <= done:
+                os.pwrite(file.fileno(), bytes(length), start)
+            else:
+                is_clean = False
+        os.fsync(file.fileno())
+    return is_clean
+
+
 def left_in(path: Path) -> list[NewRecord]:
     """The records of a journal's file that its writer had not done with, up to the first that is not whole."""
     data = path.read_bytes()

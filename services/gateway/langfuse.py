@@ -23,10 +23,10 @@ from loop.settings import LangfuseSettings
 from services.gateway.errors import Refusal, read_body
 from services.gateway.feedback import (
     MAX_BATCH_BYTES,
-    Caller,
     Comment,
     Id,
     Vote,
+    Voter,
     answer,
     authorize,
     count_refused,
@@ -72,7 +72,7 @@ _ingestion = msgspec.json.Decoder(_Ingestion)
 async def create_scores(request: web.Request) -> web.Response:
     """POST /api/public/scores: one, as LibreChat sends it, or a list of them, as Langfuse's own clients do."""
     parts = request.app[PARTS]
-    parts.check_key(request)
+    await parts.check_key(request, "feedback")
     body = await read_body(request, MAX_BATCH_BYTES)
     if not body.lstrip().startswith(b"["):
         score, given = take_score(body, None, parts)
@@ -97,7 +97,7 @@ async def create_scores(request: web.Request) -> web.Response:
 async def delete_score(request: web.Request) -> web.Response:
     """DELETE /api/public/scores/{id}"""
     parts = request.app[PARTS]
-    parts.check_key(request)
+    await parts.check_key(request, "feedback")
     score_id = request.match_info["score_id"]
     trace_id = parts.scored.get(score_id)
     if trace_id is None and (match := _TRACE_AT_END.search(score_id)):
@@ -106,7 +106,7 @@ async def delete_score(request: web.Request) -> web.Response:
         raise Refusal(
             404, f"it is not known what the score {score_id[:120]!r} was on; expected an id with the trace id"
         )
-    given = authorize(vote_on(trace_id, "retract"), Caller(has_key=True), parts)
+    given = authorize(vote_on(trace_id, "retract"), Voter(has_key=True), parts)
     await write_feedback([given], parts)
     return answer(202, {"message": "the vote is taken back"})
 
@@ -114,7 +114,7 @@ async def delete_score(request: web.Request) -> web.Response:
 async def ingest(request: web.Request) -> web.Response:
     """POST /api/public/ingestion: 207 with what was taken and what was not, by the events' ids."""
     parts = request.app[PARTS]
-    parts.check_key(request)
+    await parts.check_key(request, "feedback")
     batch = _read(_ingestion, await read_body(request, MAX_BATCH_BYTES)).batch
     given: list[FeedbackGiven] = []
     successes, errors = [], []
@@ -136,7 +136,7 @@ async def ingest(request: web.Request) -> web.Response:
 
 async def drop_traces(request: web.Request) -> web.Response:
     """POST /api/public/otel/v1/traces: spans are not of interest; their sender is told that all is well."""
-    request.app[PARTS].check_key(request)
+    await request.app[PARTS].check_key(request, "feedback")
     await read_body(request, MAX_BATCH_BYTES)
     is_json = request.content_type == "application/json"
     return web.Response(body=b"{}" if is_json else b"", content_type=request.content_type)
@@ -157,7 +157,7 @@ def take_score(raw: bytes | Raw, event_id: str | None, parts: Parts) -> tuple[Sc
             )
         feedback_id = None if event_id is None else f"{SOURCE}/{event_id}"
         vote = vote_on(score.trace_id, value, score.comment, feedback_id)
-        given = authorize(vote, Caller(has_key=True), parts)
+        given = authorize(vote, Voter(has_key=True), parts)
     except Refusal as exc:
         count_refused(exc)
         raise

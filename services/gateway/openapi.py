@@ -18,6 +18,7 @@ from services.gateway.asks import MAX_ID_CHARS
 from services.gateway.feedback import MAX_ITEMS, VALUES, Vote
 from services.gateway.proxy import NO_RESPONSES
 from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
+from services.gateway.tokens import TokenAsk
 
 Schema = dict[str, Any]
 
@@ -29,6 +30,7 @@ _ERRORS = {
     "404": "No such model, or no such path.",
     "413": "The body is too large.",
     "422": "The request is read, but it is not valid.",
+    "429": "Too fast: `Retry-After` says when to try again.",
     "500": "The engine failed; its own error.",
     "502": "The engine's answer could not be read.",
     "503": _ENGINE_TIMES,
@@ -169,6 +171,15 @@ _SCHEMAS: dict[str, Schema] = {
             },
         },
     },
+    "Token": {
+        "type": "object",
+        "required": ["token", "response_id", "expires_at"],
+        "properties": {
+            "token": {"type": "string"},
+            "response_id": {"type": "string"},
+            "expires_at": {"type": "integer", "description": "Unix time."},
+        },
+    },
     "Votes": {
         "type": "object",
         "required": ["items"],
@@ -246,6 +257,17 @@ _PATHS: dict[str, Schema] = {
             },
         }
     },
+    "/v1/feedback/tokens": {
+        "post": {
+            "summary": "A token with which a browser may vote on a response",
+            "tags": ["feedback"],
+            "requestBody": {"required": True, **_json(_ref("TokenAsk"))},
+            "responses": {
+                "200": {"description": "The token.", **_json(_ref("Token"))},
+                **_errors("401", "403", "413", "422", "429", "503"),
+            },
+        }
+    },
     "/api/public/scores": {
         "post": {
             **_langfuse("A score, or a list of them"),
@@ -295,10 +317,11 @@ _PATHS: dict[str, Schema] = {
 @cache
 def openapi() -> Schema:
     """The document."""
-    _, votes = msgspec.json.schema_components([Vote], ref_template="#/components/schemas/{name}")
-    vote = votes["Vote"]
+    _, read = msgspec.json.schema_components([Vote, TokenAsk], ref_template="#/components/schemas/{name}")
+    vote = read["Vote"]
     vote["properties"]["value"] = {"enum": list(VALUES)}
     vote["properties"]["response_id"] = {"anyOf": [msgspec.json.schema(ResponseId), {"type": "null"}]}
+    read["TokenAsk"]["properties"]["response_id"] = msgspec.json.schema(ResponseId)
     named = ("response_id", "message_id", "token")
     vote["anyOf"] = [{"properties": {name: {"type": "string", "minLength": 1}}, "required": [name]} for name in named]
     return {
@@ -319,7 +342,7 @@ def openapi() -> Schema:
         "security": [{"key": []}, {}],
         "paths": _PATHS,
         "components": {
-            "schemas": {**_SCHEMAS, **votes},
+            "schemas": {**_SCHEMAS, **read},
             "securitySchemes": {
                 "key": {"type": "http", "scheme": "bearer", "description": "An API key."},
                 "token": {"type": "apiKey", "in": "header", "name": FEEDBACK_TOKEN},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -12,15 +13,18 @@ from aiohttp import web
 
 from loop import metrics
 from loop.events import HybridClock
+from loop.keys import Scope
 from loop.settings import GatewaySettings, Settings
 from services.gateway.engines import RETRY_AFTER_S, Engines
 from services.gateway.errors import Refusal
-from services.gateway.identity import TokenSigner, is_key_known
+from services.gateway.identity import Caller, TokenSigner
+from services.gateway.limits import RateLimit
 from services.gateway.recent import Recent
 from services.gateway.redactor import Redactor
 from services.gateway.routes import RouteWatch
 from services.gateway.spool import Spool
 
+MAX_HEADERS = 100
 _REMEMBERED = 20_000
 
 
@@ -46,10 +50,14 @@ class Parts:
         self.responses_topic, self.feedback_topic = settings.log.responses_topic, settings.log.feedback_topic
         self.source = f"thumbwheel/gateway/{settings.gateway.gateway_id}"
         self.rater_salt = settings.gateway.rater_salt.get_secret_value().encode()
-        self.api_keys = [key.get_secret_value().encode() for key in settings.gateway.api_keys]
         secret = settings.gateway.token_secret
         # Without a secret, tokens hold until the next start.
-        self.signer = TokenSigner(os.urandom(32) if secret is None else secret.get_secret_value().encode())
+        self.signer = TokenSigner(
+            os.urandom(32) if secret is None else secret.get_secret_value().encode(),
+            [old.get_secret_value().encode() for old in settings.gateway.previous_token_secrets],
+        )
+        self._key_limit = _limit(self.gateway.key_requests_per_s, self.gateway.rate_burst_s)
+        self._rater_limit = _limit(self.gateway.rater_requests_per_s, self.gateway.rate_burst_s)
         self.langfuse = settings.langfuse
         gateway = settings.gateway
         weights = {"regenerate": gateway.regenerate_weight, "copy": gateway.copy_weight, "edit": gateway.edit_weight}
@@ -59,14 +67,65 @@ class Parts:
         self.answered: Recent[str] = Recent(_REMEMBERED)
         self.scored: Recent[str] = Recent(_REMEMBERED)
 
-    def has_key(self, request: web.Request) -> bool:
-        """Whether the caller may do everything: it has a key, or there is none to have."""
-        return not self.api_keys or is_key_known(self.api_keys, request.headers.get("Authorization"))
+    async def caller(self, request: web.Request) -> Caller | None:
+        """Who calls, by the API key; None without a valid one. Raises Refusal 503 while that cannot be known."""
+        keys, authorization = self.routes.keys, request.headers.get("Authorization")
+        found = keys.find(authorization)
+        if found is None and not keys.is_known and (keys.is_local or authorization is not None):  # just started
+            await self.routes.is_known.wait()
+            found = keys.find(authorization)
+            if found is None and not keys.is_known:
+                message = "the store, which has the API keys, cannot be reached yet; send it again"
+                raise _refused(503, message, "not_ready", retry_after_s=1)
+        return found
 
-    def check_key(self, request: web.Request) -> None:
-        """Raises Refusal 401 for a caller without a key."""
-        if not self.has_key(request):
-            raise Refusal(401, "no valid API key; send `Authorization: Bearer <key>`", code="invalid_api_key")
+    async def check_key(self, request: web.Request, scope: Scope) -> Caller:
+        """Who calls. Raises Refusal 401 without a valid API key, 403 where the key has not this scope, 429 where it is
+        used too fast, 431 for too many or too large headers, 503 while the keys cannot be known.
+        """
+        self.check_headers(request)
+        caller = await self.caller(request)
+        if caller is None:
+            raise _refused(401, "no valid API key; send `Authorization: Bearer <key>`", "invalid_api_key")
+        self.check_scope(caller, scope)
+        self._limit_key(caller)
+        return caller
+
+    async def voter(self, request: web.Request) -> Caller | None:
+        """Who votes, by the API key, which a token may stand in for. Raises Refusal 429, 431 or 503."""
+        self.check_headers(request)
+        caller = await self.caller(request)
+        if caller is not None:
+            self._limit_key(caller)
+        return caller
+
+    def check_scope(self, caller: Caller, scope: Scope) -> None:
+        """Raises Refusal 403."""
+        if scope not in caller.scopes:
+            has = ", ".join(sorted(caller.scopes)) or "none"
+            message = (
+                f"API key {caller.key_id} has not the scope {scope!r} (but: {has}); `thumbwheel keys add` makes one"
+            )
+            raise _refused(403, message, "missing_scope")
+
+    def check_headers(self, request: web.Request) -> None:
+        """Raises Refusal 431. What is beyond these limits by far, aiohttp does not even read (`app.py`)."""
+        headers, most = request.raw_headers, self.gateway.max_header_bytes
+        if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > most:
+            message = (
+                f"the headers are more than {MAX_HEADERS}, or larger than {most} bytes, which is the most taken here"
+            )
+            raise _refused(431, message, "headers_too_large")
+
+    def _limit_key(self, caller: Caller) -> None:
+        """Take one of the key's requests. Raises Refusal 429."""
+        if self._key_limit is not None and caller.key_id:
+            _take(self._key_limit, caller.key_id, f"API key {caller.key_id}")
+
+    def limit_rater(self, rater: str) -> None:
+        """Take one of the rater's requests. Raises Refusal 429."""
+        if self._rater_limit is not None and rater:
+            _take(self._rater_limit, rater, "this rater")
 
     @contextmanager
     def admit(self, endpoint: str) -> Iterator[None]:
@@ -84,6 +143,23 @@ class Parts:
     def stamp(self) -> int:
         """The next stamp of the hybrid clock."""
         return self.clock.tick(int(time.time() * 1000))
+
+
+def _limit(per_s: float | None, burst_s: float) -> RateLimit | None:
+    return None if per_s is None else RateLimit(per_s, per_s * burst_s)
+
+
+def _take(limit: RateLimit, subject: str, who: str) -> None:
+    wait_s = limit.wait_s(subject, time.monotonic())
+    if wait_s:
+        after_s = math.ceil(wait_s)
+        message = f"{who} asks too often; ask again in {after_s} s"
+        raise _refused(429, message, "rate_limit_exceeded", retry_after_s=after_s)
+
+
+def _refused(status: int, message: str, code: str, retry_after_s: int = 0) -> Refusal:
+    metrics.gateway_refused.labels(code).inc()
+    return Refusal(status, message, code=code, retry_after_s=retry_after_s)
 
 
 PARTS = web.AppKey("parts", Parts)

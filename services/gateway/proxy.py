@@ -16,6 +16,7 @@ from services.gateway.answers import Rename
 from services.gateway.asks import Endpoint, read_ask, read_fields, read_model, read_trace
 from services.gateway.capture import Exchange
 from services.gateway.errors import Refusal, read_body
+from services.gateway.identity import Caller
 from services.gateway.parts import PARTS, Parts
 from services.gateway.regenerate import SOURCE, prompt_key, vote_on_earlier
 from services.gateway.relay import relay, relayed_headers
@@ -43,7 +44,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 async def models(request: web.Request) -> web.Response:
     """GET /v1/models: the alias, described as the engine describes its base model."""
     parts = request.app[PARTS]
-    parts.check_key(request)
+    await parts.check_key(request, "chat")
     answer = await parts.engines.get("/v1/models")
     if answer.status != 200:
         return web.Response(body=answer.first, status=answer.status, content_type="application/json")
@@ -59,13 +60,13 @@ async def models(request: web.Request) -> web.Response:
 async def pass_through(request: web.Request) -> web.Response:
     """Embeddings, tokenise, detokenise: the alias becomes the live adapter, nothing is logged."""
     parts = request.app[PARTS]
-    parts.check_key(request)
+    caller = await parts.check_key(request, "chat")
     with parts.admit("other"):
         fields = read_fields(await read_body(request, parts.gateway.max_body_bytes))
         shown = read_model(fields)
         await parts.routes.is_known.wait()
         with parts.routes.use() as route:
-            adapter = choose_arm(route, shown, "", parts).adapter
+            adapter = choose_arm(route, shown, "", caller, parts).adapter
             fields["model"] = msgspec.Raw(msgspec.json.encode(adapter))
             async with parts.engines.post(
                 request.path, msgspec.json.encode(fields), read_trace(request.headers)
@@ -87,14 +88,15 @@ async def not_served(request: web.Request) -> web.Response:
     raise Refusal(404, f"{request.method} {request.path[:120]} is not served here", code="unknown_url")
 
 
-def choose_arm(route: Route, model: str | None, subject: str, parts: Parts) -> Arm:
+def choose_arm(route: Route, model: str | None, subject: str, caller: Caller, parts: Parts) -> Arm:
     """Who answers: the alias goes by the subject's hash; the base or a version that the route names may be asked for
-    by name, outside of the arms. Raises Refusal 404.
+    by name, outside of the arms, with the scope admin. Raises Refusal 403, 404.
     """
     if model is None or model == parts.alias:
         return pick_arm(route, subject, parts.base_name)
     versions = {adapter_name(route.alias, version) for version in (route.live, route.canary) if version is not None}
     if model == parts.base_name or model in versions:
+        parts.check_scope(caller, "admin")
         return Arm("direct", model)  # type: ignore[arg-type]  # logged, but no share of the traffic
     raise Refusal(
         404,
@@ -106,14 +108,15 @@ def choose_arm(route: Route, model: str | None, subject: str, parts: Parts) -> A
 
 async def _admitted(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
     parts = request.app[PARTS]
-    parts.check_key(request)
+    caller = await parts.check_key(request, "chat")
     with parts.admit(endpoint):
-        return await _generate(request, endpoint, parts)
+        return await _generate(request, endpoint, caller, parts)
 
 
-async def _generate(request: web.Request, endpoint: Endpoint, parts: Parts) -> web.StreamResponse:
+async def _generate(request: web.Request, endpoint: Endpoint, caller: Caller, parts: Parts) -> web.StreamResponse:
     started_at_ms, started_s = int(time.time() * 1000), time.monotonic()
     ask = read_ask(endpoint, request.headers, await read_body(request, parts.gateway.max_body_bytes), parts.rater_salt)
+    parts.limit_rater(ask.rater or "")
     key = key_of_message_id(ask.message_id) if ask.message_id else random_key()
     response_id = f"{_ID_PREFIX[endpoint]}-{key}-{uuid7(started_at_ms)}"
     exchange = Exchange(ask, response_id, key, ask.model or parts.alias, started_at_ms, started_s)
@@ -123,7 +126,7 @@ async def _generate(request: web.Request, endpoint: Endpoint, parts: Parts) -> w
     await parts.routes.is_known.wait()
     status = 499  # what nginx calls a client that has left
     try:
-        response = await _ask_engine(request, exchange, parts)
+        response = await _ask_engine(request, exchange, caller, parts)
         status = response.status
         return response
     except web.HTTPException as exc:
@@ -134,7 +137,7 @@ async def _generate(request: web.Request, endpoint: Endpoint, parts: Parts) -> w
         _request_seconds(endpoint, exchange.arm).observe(time.monotonic() - started_s)
 
 
-async def _ask_engine(request: web.Request, exchange: Exchange, parts: Parts) -> web.StreamResponse:
+async def _ask_engine(request: web.Request, exchange: Exchange, caller: Caller, parts: Parts) -> web.StreamResponse:
     """Send and relay; where the engine does not know the adapter any more, the route is read again and tried once."""
     ask = exchange.ask
     # vLLM makes the response's id of this header, so that no body is rewritten for it.
@@ -143,7 +146,7 @@ async def _ask_engine(request: web.Request, exchange: Exchange, parts: Parts) ->
     is_retried = False
     while True:
         with parts.routes.use() as route:
-            arm = choose_arm(route, ask.model, ask.conversation_id, parts)
+            arm = choose_arm(route, ask.model, ask.conversation_id, caller, parts)
             exchange.serve_by(arm, route.generation)
             async with parts.engines.post(path, ask.upstream_body(arm.adapter), headers) as answer:
                 if answer.status != 404 or is_retried or arm.adapter == parts.base_name:

@@ -1,4 +1,4 @@
-"""Which route the gateway uses: read from the store every moment, kept in the spool for the time when it is down.
+"""What the gateway goes by, route and keys: read from the store every moment, kept in the spool for when it is down.
 
 The gateway acknowledges the generation that it routes by and the oldest one of its open requests, so that the rollout
 knows when nobody needs an adapter any more.
@@ -17,21 +17,29 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from loop import metrics
+from loop.keys import ApiKey
 from loop.log import LogUnavailableError
 from loop.log.embedded import EmbeddedLog
 from loop.rollout.routing import Route
 from loop.settings import StoreSettings
+from services.gateway.identity import KeyRing
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
+
+_KEYS = "api_keys"  # the meta entry with the keys' hashes
 
 _log = logging.getLogger(__name__)
 
 
 class RouteWatch:
-    """The alias's route. `is_known` is set once it was read, from the store or from the last run's spool."""
+    """The alias's route and the `keys`. `is_known` is set once both were read, from the store or from the last run's
+    spool, or the store could not be read.
+    """
 
-    def __init__(self, alias: str, gateway_id: str, store: StoreSettings, spool: EmbeddedLog, poll_s: float) -> None:
+    def __init__(
+        self, alias: str, gateway_id: str, store: StoreSettings, spool: EmbeddedLog, poll_s: float, keys: KeyRing
+    ) -> None:
         self.is_known = asyncio.Event()
         self.is_store_up = False
         self._gateway_id = gateway_id
@@ -44,8 +52,12 @@ class RouteWatch:
         self._meta = f"route:{alias}"
         self._is_warned = False
         self.route = Route(alias)
-        if (kept := spool.get_meta(self._meta)) is not None:
+        self.keys = keys
+        self._kept: tuple[Route, list[ApiKey]] | None = None
+        kept, kept_keys = spool.get_meta(self._meta), spool.get_meta(_KEYS)
+        if kept is not None and kept_keys is not None:
             self.route = msgspec.json.decode(kept, type=Route)
+            keys.learn(msgspec.json.decode(kept_keys, type=list[ApiKey]))
             self.is_known.set()
 
     @contextlib.contextmanager
@@ -74,13 +86,14 @@ class RouteWatch:
             await asyncio.sleep(self._poll_s)
 
     async def refresh(self) -> None:
-        """Read the route now and acknowledge it; without the store the last known one stays."""
+        """Read route and keys now and acknowledge the route; without the store the last known ones stay."""
         async with self._lock:
             try:
-                route = await asyncio.to_thread(self._read)
-                if route != self.route:
+                route, keys = await asyncio.to_thread(self._read)
+                if (route, keys) != self._kept:
                     self.route = route
-                    await asyncio.to_thread(self._keep, route)
+                    self.keys.learn(keys)
+                    await asyncio.to_thread(self._keep, route, keys)
                 metrics.gateway_route_generation.labels(route.alias).set(route.generation)
                 await asyncio.to_thread(self._acknowledge, route.generation, min(self._open, default=route.generation))
                 self.is_store_up, self._is_warned = True, False
@@ -98,17 +111,20 @@ class RouteWatch:
 
     # In a thread, and the driver imported there: the gateway must be up before SQLAlchemy is.
 
-    def _read(self) -> Route:
+    def _read(self) -> tuple[Route, list[ApiKey]]:
         from loop.store import open_store
+        from loop.store.keys import read_keys
         from loop.store.routes import read_route
 
         if self._store is None:
             self._store = open_store(self._store_settings)
-        return read_route(self._store, self.route.alias)
+        return read_route(self._store, self.route.alias), read_keys(self._store)
 
-    def _keep(self, route: Route) -> None:
-        with contextlib.suppress(LogUnavailableError):
-            self._spool.put_meta(self._meta, msgspec.json.encode(route).decode())
+    def _keep(self, route: Route, keys: list[ApiKey]) -> None:
+        values = {self._meta: route, _KEYS: keys}
+        with contextlib.suppress(LogUnavailableError):  # the next refresh tries again
+            self._spool.write((), {name: msgspec.json.encode(value).decode() for name, value in values.items()})
+            self._kept = route, keys
 
     def _acknowledge(self, generation: int, oldest_open: int) -> None:
         from loop.store.routes import acknowledge_route

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loop.events import hash_rater, key_of_message_id
+from loop.events import FeedbackEvent, hash_rater, key_of_message_id
+from loop.join import Batch, read_vote
 from loop.log import LogUnavailableError
 from services.gateway.identity import Claim, TokenSigner
 from tests.gateway.conftest import Gateway, StartGateway
@@ -156,6 +157,61 @@ async def test_a_token_permits_nothing_else(start: StartGateway) -> None:
     for path in ("/v1/chat/completions", "/tokenize"):
         assert (await gateway.post(path, {"model": "assistant"}, {"X-Thumbwheel-Feedback-Token": token}))[0] == 401
     assert (await vote(gateway, KEY, token=token, value="up", weight=2.0, rater="bob"))[0] == 202
+
+
+async def test_an_apps_server_makes_tokens_for_one_rater_and_one_response(start: StartGateway) -> None:
+    gateway = await start(api_keys=["k1"], token_ttl_s=600)
+    ask = {"response_id": RESPONSE_ID, "rater": "ann"}
+    before = int(time.time())
+    status, made, _ = await gateway.post("/v1/feedback/tokens", ask, KEY)
+    assert (status, made["response_id"]) == (200, RESPONSE_ID)
+    assert before + 600 <= made["expires_at"] <= time.time() + 600
+    for value in ("up", "down", "retract"):
+        assert (await vote(gateway, token=made["token"], value=value, comment="so", reasons=["because"]))[0] == 202
+    assert {given.rater for given in gateway.feedback()} == {hash_rater(b"thumbwheel", "ann")}
+    _, other, _ = await gateway.post("/v1/feedback/tokens", ask | {"rater": "bob"}, KEY)
+    assert (await vote(gateway, token=other["token"], value="up"))[0] == 202
+    assert gateway.feedback()[-1].rater == hash_rater(b"thumbwheel", "bob")  # his own vote, and nobody else's
+    cases: list[tuple[dict[str, Any], dict[str, str], int]] = [
+        (ask, {}, 401),  # a browser cannot make itself one
+        (ask, {"X-Thumbwheel-Feedback-Token": made["token"]}, 401),
+        ({"response_id": "chatcmpl-123"}, KEY, 422),
+        (ask | {"ttl_s": 0}, KEY, 422),
+        (ask | {"scope": "admin"}, KEY, 422),
+    ]
+    for body, headers, expected in cases:
+        assert (await gateway.post("/v1/feedback/tokens", body, headers))[0] == expected, body
+    for ttl_s, expected_s in ((60, 60), (6000, 600)):  # shorter on request, never longer
+        _, made, _ = await gateway.post("/v1/feedback/tokens", ask | {"ttl_s": ttl_s}, KEY)
+        assert abs(made["expires_at"] - time.time() - expected_s) < 30
+
+
+async def test_a_vote_that_is_sent_again_by_somebody_who_overheard_it_changes_nothing(start: StartGateway) -> None:
+    gateway = await start(api_keys=["k1"])
+    token = gateway.parts.signer.sign(Claim(RESPONSE_ID, "ann"), int(time.time()) + 60)
+    for value, feedback_id in (("up", "f1"), ("down", "f2"), ("up", "f1"), ("up", "f1")):
+        assert (await vote(gateway, token=token, value=value, feedback_id=feedback_id))[0] == 202
+    votes = [
+        read_vote(FeedbackEvent(id=str(n), type="", partitionkey="0123456789abcdef", time="", data=given))
+        for n, given in enumerate(gateway.feedback())
+    ]
+    batch = Batch()
+    for one in votes:
+        batch.add_vote(one)
+    assert len(votes) == 4
+    assert max(batch.votes.values(), key=lambda one: one.hlc).value == "down"
+
+
+async def test_a_new_secret_signs_and_the_old_one_is_still_good(start: StartGateway) -> None:
+    before = await start(api_keys=["k1"], token_secret="old")
+    token = before.parts.signer.sign(Claim(RESPONSE_ID, ""), int(time.time()) + 60)
+    during = await start(api_keys=["k1"], token_secret="new", previous_token_secrets=["older", "old"])
+    assert (await vote(during, token=token, value="up"))[0] == 202
+    signed = during.parts.signer.sign(Claim(RESPONSE_ID, ""), int(time.time()) + 60)
+    after = await start(api_keys=["k1"], token_secret="new")
+    assert (await vote(after, token=signed, value="up"))[0] == 202
+    status, body = await vote(after, token=token, value="up")
+    assert (status, body["error"]["code"]) == (401, "invalid_token")
 
 
 @given(st.text(max_size=200))

@@ -25,6 +25,16 @@ Stub = tuple[StubEngine, str]
 SERVE = "from loop.settings import load_settings; from services.gateway.app import main; main(load_settings())"
 
 
+def environment_of(folder: Path, port: int, metrics_port: int) -> dict[str, str]:
+    """Of a gateway with its files in this folder."""
+    return os.environ | {
+        "THUMBWHEEL_GATEWAY__PORT": str(port),
+        "THUMBWHEEL_GATEWAY__METRICS_PORT": str(metrics_port),
+        "THUMBWHEEL_LOG__PATH": str(folder / "log.db"),
+        "THUMBWHEEL_STORE__URL": f"sqlite:///{folder}/store.db",
+    }
+
+
 class Process:
     """A gateway process of its own, and where it is."""
 
@@ -36,14 +46,7 @@ class Process:
         self.child = subprocess.Popen(
             [sys.executable, *(arguments or ("-c", SERVE))],
             cwd=ROOT,
-            env=os.environ
-            | {
-                "THUMBWHEEL_GATEWAY__PORT": str(port),
-                "THUMBWHEEL_GATEWAY__METRICS_PORT": str(metrics_port),
-                "THUMBWHEEL_LOG__PATH": str(self.spool_path),
-                "THUMBWHEEL_STORE__URL": f"sqlite:///{folder}/store.db",
-            }
-            | environment,
+            env=environment_of(folder, port, metrics_port) | environment,
         )
 
     async def wait_until_up(self) -> None:
@@ -160,6 +163,25 @@ async def test_metrics_have_their_own_port(process: Process) -> None:
         for path in ("/metrics", "/readyz"):
             async with http.get(process.url + path) as response:
                 assert response.status == 404
+
+
+async def test_the_process_says_so_for_one_large_header_and_does_not_buffer_a_huge_one(process: Process) -> None:
+    await process.wait_until_up()
+    for size, status in ((20_000, 200), (40_000, 431), (1_000_000, 400)):
+        async with (
+            aiohttp.ClientSession() as http,
+            http.get(process.url + "/v1/models", headers={"X-Large": "x" * size}) as response,
+        ):
+            assert response.status == status
+
+
+async def test_operators_routes_are_not_on_the_public_port(process: Process) -> None:
+    await process.wait_until_up()
+    async with aiohttp.ClientSession() as http:
+        for path in ("/metrics", "/readyz", "/admin", "/keys", "/v1/keys", "/v1/load_lora_adapter", "/runs", "/debug"):
+            for method in ("GET", "POST", "DELETE"):
+                async with http.request(method, process.url + path) as response:
+                    assert response.status == 404, (method, path)
 
 
 def test_the_gateway_needs_neither_torch_nor_the_store_to_start() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loop.kto.layers import RmsNorm, SwiGlu, _RmsNorm, _SwiGlu, replace_layers
+from loop.kto.layers import RmsNorm, SwiGlu, _AddLora, _InPlace, _RmsNorm, _SwiGlu, add_lora_in_place, replace_layers
 
 
 def test_the_gradients_are_those_of_the_functions() -> None:
@@ -19,6 +21,9 @@ def test_the_gradients_are_those_of_the_functions() -> None:
     assert torch.autograd.gradcheck(lambda x: _RmsNorm.apply(x, weight, 1e-6), (x,))
     assert torch.autograd.gradcheck(_SwiGlu.apply, (x, y))
     assert torch.equal(_SwiGlu.apply(x, y), nn.functional.silu(x) * y)
+    a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 8), (8, 2)))
+    # What it adds to is overwritten, so each call gets a copy.
+    assert torch.autograd.gradcheck(lambda y, x, a, b: _AddLora.apply(y.clone(), x, a, b, 0.7), (y, x, a, b))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "granite"])
@@ -57,3 +62,30 @@ def test_a_layer_that_is_another_function_stays() -> None:
     model = nn.Sequential(ShiftedRMSNorm(), nn.RMSNorm(8, dtype=torch.bfloat16, eps=1e-6))
     replace_layers(model)
     assert not any(isinstance(module, RmsNorm) for module in model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("linear", [nn.Linear, Linear4bit])
+def test_lora_added_in_place_is_the_same_lora(linear: type[nn.Linear], dtype: torch.dtype) -> None:
+    found = []
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for is_ours in (False, True):
+        torch.manual_seed(0)
+        base = nn.Sequential(linear(64, 64, bias=False), linear(64, 64, bias=False)).to(dtype).to("cpu")
+        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=["0", "1"], init_lora_weights=False)
+        model: Any = get_peft_model(base, config)  # type: ignore[arg-type]
+        if is_ours:
+            add_lora_in_place(model)
+        assert (
+            any(isinstance(v, _InPlace) for m in model.modules() for v in getattr(m, "lora_variant", {}).values())
+            is is_ours
+        )
+        torch.manual_seed(2)  # of the dropout
+        inputs = x.clone().requires_grad_()
+        out = model(inputs)
+        out.float().square().sum().backward()
+        with model.disable_adapter(), torch.no_grad():
+            found.append([out, inputs.grad, *(p.grad for p in model.parameters() if p.requires_grad), model(x)])
+    for theirs, ours in zip(*found, strict=True):
+        assert theirs.float().norm() > 0
+        assert (theirs.float() - ours.float()).norm() <= 1e-5 * theirs.float().norm()

@@ -1,0 +1,98 @@
+"""How much one caller may ask for, and how large a request may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY
+
+from services.gateway.limits import RateLimit
+from tests.gateway.conftest import HELLO, Gateway, StartGateway
+from tests.gateway.test_feedback import RESPONSE_ID
+
+CHAT = "/v1/chat/completions"
+
+
+@given(
+    per_s=st.floats(0.1, 1000),
+    burst=st.floats(1, 100),
+    steps=st.lists(st.floats(0, 10), min_size=1, max_size=60),
+)
+def test_no_more_comes_through_than_a_bucket_holds_and_refills(per_s: float, burst: float, steps: list[float]) -> None:
+    limit = RateLimit(per_s, burst)
+    now_s, passed = 1000.0, []
+    for step_s in steps:
+        now_s += step_s / per_s
+        wait_s = limit.wait_s("one", now_s)
+        if wait_s:
+            assert limit.wait_s("one", now_s + wait_s / 2) > 0
+            assert limit.wait_s("one", now_s + wait_s) == 0  # when it says, there is one
+            now_s += wait_s
+        passed.append(now_s)
+    for first in range(len(passed)):
+        for last in range(first, len(passed)):
+            assert last - first + 1 <= burst + (passed[last] - passed[first]) * per_s + 1e-3
+
+
+def test_one_callers_haste_is_not_anothers() -> None:
+    limit = RateLimit(1, 2)
+    assert [limit.wait_s(who, 0) > 0 for who in ("a", "a", "a", "b", "b", "b")] == [False, False, True] * 2
+
+
+def test_memory_is_bounded_and_the_longest_untouched_is_forgotten() -> None:
+    limit = RateLimit(1, 1, max_subjects=2)
+    for who in ("a", "b", "c"):
+        assert limit.wait_s(who, 0) == 0
+    assert len(limit) == 2
+    assert limit.wait_s("c", 0) > 0
+    assert limit.wait_s("a", 0) == 0
+
+
+async def statuses(gateway: Gateway, path: str, bodies: list[dict[str, Any]], key: str | None = None) -> list[int]:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    return [(await gateway.post(path, body, headers))[0] for body in bodies]
+
+
+async def test_a_key_that_asks_too_often_is_told_when_to_come_back(start: StartGateway) -> None:
+    gateway = await start(api_keys=["k1"], key_requests_per_s=0.01, rate_burst_s=200)
+    assert await statuses(gateway, CHAT, [HELLO] * 2, "k1") == [200, 200]
+    status, body, response = await gateway.post(CHAT, HELLO, {"Authorization": "Bearer k1"})
+    assert (status, body["error"]["type"]) == (429, "rate_limit_error")
+    assert 90 < int(response.headers["Retry-After"]) <= 100
+    assert await statuses(gateway, CHAT, [HELLO], "k2") == [401]
+    for code in ("rate_limit_exceeded", "invalid_api_key"):
+        assert (REGISTRY.get_sample_value("thumbwheel_gateway_refused_total", {"code": code}) or 0) >= 1
+
+
+async def test_a_rater_that_asks_too_often_holds_up_nobody_else(start: StartGateway) -> None:
+    gateway = await start(api_keys=["k1"], rater_requests_per_s=0.01, rate_burst_s=200)
+    asked = [HELLO | {"user": user} for user in ("ann", "ann", "ann", "bob")]
+    assert await statuses(gateway, CHAT, asked, "k1") == [200, 200, 429, 200]
+    votes = [{"value": "up", "message_id": "m", "rater": rater} for rater in ("cai", "cai", "cai", "dan", "ann")]
+    assert await statuses(gateway, "/v1/feedback", votes, "k1") == [202, 202, 429, 202, 429]
+    assert len(gateway.feedback()) == 3
+
+
+async def test_votes_of_a_token_without_a_rater_are_limited_by_response(start: StartGateway) -> None:
+    gateway = await start(api_keys=["k1"], rater_requests_per_s=0.01, rate_burst_s=200)
+    _, made, _ = await gateway.post("/v1/feedback/tokens", {"response_id": RESPONSE_ID}, {"Authorization": "Bearer k1"})
+    vote = {"value": "up", "token": made["token"]}
+    assert await statuses(gateway, "/v1/feedback", [vote] * 3) == [202, 202, 429]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/feedback", "/v1/models"])
+@pytest.mark.parametrize(
+    "headers",
+    [{f"X-Number-{number}": "1" for number in range(110)}, {f"X-Large-{number}": "x" * 8000 for number in range(5)}],
+    ids=["too many", "too large"],
+)
+async def test_too_many_or_too_large_headers_get_a_clear_error(
+    gateway: Gateway, headers: dict[str, str], path: str
+) -> None:
+    method = "GET" if path == "/v1/models" else "POST"
+    async with gateway.http.request(method, gateway.url + path, headers=headers) as response:
+        assert response.status == 431
+        assert (await response.json())["error"]["code"] == "headers_too_large"
