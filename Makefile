@@ -39,7 +39,7 @@ torture: $(INSTALLED) ## 100 faults against Kafka, Postgres, gateways and joiner
 
 bench: bench-gateway bench-join bench-trainer ## every benchmark; JSON lines
 
-bench-gateway: $(INSTALLED) ## latency that the gateway adds, against direct and nginx
+bench-gateway: $(INSTALLED) ## what the gateway costs, against direct, nginx, a bare proxy and LiteLLM
 	@deploy/install.sh debian nginx
 	@$(BIN)/python -m tests.bench.gateway
 

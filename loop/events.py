@@ -90,6 +90,10 @@ class ResponseLogged(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     duration_s: float = 0.0
     trace: str | None = None
     """The request's traceparent."""
+    redacted: bool = False
+    """Private parts were taken out before it was written, and with them all token ids."""
+    stored: bool = True
+    """False where the app said that it must not be kept: then there is no content, and no vote makes an example."""
     imported: bool = False
     """Not served by us: taken from a file."""
     extra: dict[str, Any] = {}

@@ -19,7 +19,10 @@ gateway_request_seconds = Histogram(
 gateway_first_byte_seconds = Histogram(
     "thumbwheel_gateway_first_byte_seconds", "Time to the first byte.", ["endpoint", "arm"], buckets=_LATENCY_S
 )
-gateway_open_requests = Gauge("thumbwheel_gateway_open_requests", "Requests open upstream now.")
+# Where several gateway processes share a port, a gauge says how those of all are one figure.
+gateway_open_requests = Gauge(
+    "thumbwheel_gateway_open_requests", "Requests open upstream now.", multiprocess_mode="livesum"
+)
 gateway_responses_logged = Counter("thumbwheel_gateway_responses_logged", "Responses written to the spool.", ["arm"])
 gateway_responses_lost = Counter(
     "thumbwheel_gateway_responses_lost", "Responses served but not written to the spool in time.", ["reason"]
@@ -28,8 +31,17 @@ gateway_refused = Counter(
     "thumbwheel_gateway_refused", "Requests refused for their key, scope, rate or headers.", ["code"]
 )
 gateway_feedback = Counter("thumbwheel_gateway_feedback", "Feedback taken, by value and result.", ["value", "status"])
-gateway_spool_records = Gauge("thumbwheel_gateway_spool_records", "Records in the spool that the log has not got yet.")
-gateway_route_generation = Gauge("thumbwheel_gateway_route_generation", "Generation of the route in use.", ["alias"])
+gateway_redactions = Counter(
+    "thumbwheel_gateway_redactions", "Events that went through the redactor, by result.", ["result"]
+)
+gateway_spool_records = Gauge(
+    "thumbwheel_gateway_spool_records",
+    "Records in the spool that the log has not got yet.",
+    multiprocess_mode="livesum",
+)
+gateway_route_generation = Gauge(
+    "thumbwheel_gateway_route_generation", "Generation of the route in use.", ["alias"], multiprocess_mode="livemin"
+)
 gateway_route_retries = Counter("thumbwheel_gateway_route_retries", "Requests tried again after the engine's 404.")
 
 # Joiner

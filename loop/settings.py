@@ -70,6 +70,10 @@ class GatewaySettings(Section):
     """Port of /metrics and /healthz, apart from the public one."""
     gateway_id: str = "gateway-1"
     """Name of this process among the gateways; route acknowledgements and the spool carry it."""
+    processes: Annotated[int, Field(ge=1, le=128)] = 1
+    """Processes that share both ports, for more than one core; each has a spool of its own."""
+    process: Annotated[int, Field(ge=0)] | None = None
+    """Number of this one of the `processes`; `thumbwheel gateway` sets it in those that it starts."""
     api_keys: list[SecretStr] = []
     """Keys with every scope beside those of `thumbwheel keys`: for a deployment that makes its secrets itself, and for
     the console's playground, which presents the first. Taking one back needs a restart."""
@@ -91,6 +95,8 @@ class GatewaySettings(Section):
     """Origins that browsers may call from."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * 1024 * 1024
     """Largest request body."""
+    max_open_requests: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
+    """Most requests for the engine at once; above, callers get a 503 with `Retry-After` before their body is read."""
     max_header_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = 32 * 1024
     """Largest request headers, all of them together."""
     spool_quota_bytes: Annotated[int, Field(ge=1 << 20)] = 4 * 1024**3
@@ -98,6 +104,12 @@ class GatewaySettings(Section):
     count); past it, and with less than 256 MiB free on the disk, responses are dropped and counted, feedback never."""
     capture_timeout_s: Annotated[float, Field(gt=0, le=5)] = 0.05
     """Longest wait for the spool before the last byte of a response is sent."""
+    redaction: Literal["builtin", "presidio"] | None = None
+    """What takes private parts out before anything is written: `builtin` finds mail addresses, phone and card numbers,
+    and keys; `presidio` also what Microsoft Presidio finds (extra `presidio`); none for no redaction. Ids that an app
+    gives its messages and conversations stay as they are."""
+    presidio_config: Path | None = None
+    """Presidio's own configuration of its analyzer (YAML); none for its defaults."""
     route_poll_s: Annotated[float, Field(gt=0, le=60)] = 0.5
     """How often routes and API keys are read from the store."""
     drain_timeout_s: Seconds = 30.0
@@ -430,6 +442,15 @@ class Settings(Section):
     rollout: RolloutSettings = RolloutSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     console: ConsoleSettings = ConsoleSettings()
+
+    @model_validator(mode="after")
+    def _tokens_hold_in_every_process(self) -> Settings:
+        if self.gateway.processes > 1 and self.gateway.token_secret is None:
+            raise ValueError(
+                f"gateway.processes is {self.gateway.processes} but gateway.token_secret is not set: each process "
+                "would refuse the feedback tokens of the others; set a secret"
+            )
+        return self
 
     @model_validator(mode="after")
     def _store_keeps_what_the_log_has(self) -> Settings:

@@ -86,11 +86,17 @@ def up(
 @app.command()
 def gateway(settings: SettingsFile = None) -> None:
     """Run the gateway in front of vLLM."""
-    from services.gateway.app import main as serve
     from services.logging import set_up_logging
 
     set_up_logging()
-    serve(_settings(settings))
+    tree = _settings(settings)
+    if tree.gateway.processes > 1 and tree.gateway.process is None:
+        from services.gateway.processes import supervise
+
+        raise typer.Exit(supervise(tree.gateway, [] if settings is None else ["--settings", str(settings)]))
+    from services.gateway.app import main as serve
+
+    serve(tree)
 
 
 @app.command()

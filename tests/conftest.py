@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "deploy" / "demo" / "model"
 CPU_ARGS = ["--dtype", "float32", "--enforce-eager"]
+TOOL_ARGS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 
 
 class EngineFirst(LoadScopeScheduling):
@@ -72,7 +73,11 @@ class RealEngine:
     def start(self) -> None:
         settings = Settings(
             engine=EngineSettings(
-                urls=[self.url], model=self.model_dir, base_name=self.base_name, max_model_len=512, start_args=CPU_ARGS
+                urls=[self.url],
+                model=self.model_dir,
+                base_name=self.base_name,
+                max_model_len=512,
+                start_args=[*CPU_ARGS, *TOOL_ARGS],
             )
         )
         # By default it closes a connection after 5 idle seconds, maybe just when a client that is not ours takes it.

@@ -26,7 +26,6 @@ ADMIN_ROUTES = (
         "/generative_scoring",
         "/v1/responses",
         "/v1/messages",
-        "/openapi.json",
         "/kv_event_sources",
     ),
 )
@@ -58,6 +57,7 @@ def create_stub(engine: StubEngine) -> web.Application:
     app.router.add_post("/tokenize", tokenize)
     for path in ADMIN_ROUTES:
         app.router.add_route("*", path, admin)
+    app.router.add_route("*", "/{path:.*}", not_found)
     return app
 
 
@@ -68,6 +68,10 @@ async def health(_: web.Request) -> web.Response:
 async def admin(request: web.Request) -> web.Response:
     request.app[ENGINE].admin_calls += 1
     return web.Response(text="done")
+
+
+async def not_found(_: web.Request) -> web.Response:
+    return _error(404, "Not Found", "NotFoundError", None)
 
 
 async def models(request: web.Request) -> web.Response:
@@ -99,7 +103,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
         return _error(500, "EngineCore encountered an issue.", "InternalServerError", None)
     request_id = request.headers.get("X-Request-Id", uuid.uuid4().hex[:16])
     try:
-        if fault in ("slow", "stall") and not body.get("stream"):
+        if fault == "slow" or (fault == "stall" and not body.get("stream")):
             await asyncio.sleep(3600)
         if body.get("stream"):
             return await _stream(request, body, request_id, is_chat, fault)

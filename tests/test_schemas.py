@@ -67,6 +67,8 @@ FULL = {
             first_token_s=0.25,
             duration_s=1.5,
             trace="00-1-2-01",
+            redacted=True,
+            stored=False,
             imported=True,
             extra={"tree": 1},
         )

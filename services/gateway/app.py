@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import resource
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import uvloop
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from loop.events import HybridClock
 from loop.log.embedded import EmbeddedLog
@@ -24,8 +26,10 @@ from services.gateway.feedback import feedback
 from services.gateway.forward import forwarding
 from services.gateway.identity import KeyRing
 from services.gateway.langfuse import create_scores, delete_score, drop_traces, ingest
+from services.gateway.openapi import document, page
 from services.gateway.parts import MAX_HEADERS, PARTS, Parts
 from services.gateway.proxy import chat_completions, completions, models, not_served, pass_through
+from services.gateway.redactor import Redactor
 from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
 from services.gateway.routes import RouteWatch
 from services.gateway.spool import CLOCK, Spool
@@ -57,6 +61,8 @@ def create_app(settings: Settings) -> web.Application:
             web.post("/api/public/ingestion", ingest),
             web.post("/api/public/otel/v1/traces", drop_traces),
             web.get("/thumbs.js", thumbs),
+            web.get("/openapi.json", document),
+            web.get("/docs", page),
             web.get("/healthz", healthz),
             web.options("/{path:.*}", preflight),
             web.route("*", "/{path:.*}", not_served),
@@ -79,7 +85,11 @@ def create_metrics_app(public: web.Application) -> web.Application:
         return web.json_response(checks, status=200 if all(checks.values()) else 503)
 
     async def exposition(_: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        registry = REGISTRY
+        if public[PARTS].gateway.process is not None:  # one of several, with metrics in files that they share
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()
     app.add_routes([web.get("/metrics", exposition), web.get("/healthz", healthz), web.get("/readyz", readyz)])
@@ -115,6 +125,9 @@ async def preflight(request: web.Request) -> web.Response:
 
 def main(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then let open streams end for up to `drain_timeout_s`."""
+    # Each stream takes two, and the usual soft limit is 1024.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings))
 
@@ -140,8 +153,9 @@ async def _serve(settings: Settings) -> None:
         await public.setup()
         await private.setup()
         await _refuse_to_be_open(app[PARTS])
-        await web.TCPSite(private, gateway.host, gateway.metrics_port).start()
-        site = web.TCPSite(public, gateway.host, gateway.port, backlog=1024)
+        is_shared = gateway.process is not None
+        await web.TCPSite(private, gateway.host, gateway.metrics_port, reuse_port=is_shared).start()
+        site = web.TCPSite(public, gateway.host, gateway.port, backlog=1024, reuse_port=is_shared)
         await site.start()
         await stop.wait()
         await site.stop()
@@ -194,11 +208,12 @@ def _parts(settings: Settings) -> Callable[[web.Application], AsyncIterator[None
         # In a spool of our own nobody commits: what is forwarded is dropped, and all that is there waits.
         topics = (settings.log.responses_topic, settings.log.feedback_topic)
         waiting_bytes = partial(log.waiting_bytes, settings.joiner.group, topics)
-        spool = Spool(log, waiting_bytes, gateway.spool_quota_bytes, journal, gateway.capture_timeout_s)
+        redactor = None if gateway.redaction is None else Redactor(gateway.redaction, gateway.presidio_config)
+        spool = Spool(log, waiting_bytes, gateway.spool_quota_bytes, journal, gateway.capture_timeout_s, redactor)
         engines = Engines(settings.engine)
         keys = KeyRing((key.get_secret_value() for key in gateway.api_keys), is_local=is_loopback(gateway.host))
         routes = RouteWatch(settings.engine.alias, gateway.gateway_id, settings.store, log, gateway.route_poll_s, keys)
-        app[PARTS] = Parts(settings, engines, routes, spool, HybridClock(int(log.get_meta(CLOCK) or 0)))
+        app[PARTS] = Parts(settings, engines, routes, spool, redactor, HybridClock(int(log.get_meta(CLOCK) or 0)))
         tasks = [asyncio.create_task(routes.watch()), asyncio.create_task(engines.watch())]
         with forwarding(log, settings.log):
             yield

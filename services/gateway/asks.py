@@ -20,6 +20,7 @@ from services.gateway.errors import Refusal
 Endpoint = Literal["chat", "completions"]
 
 MAX_ID_CHARS = 256
+MAX_TRACE_CHARS = 512
 # What apps may call their ids in headers: our names, and Open WebUI's (ENABLE_FORWARD_USER_INFO_HEADERS).
 _CONVERSATION = ("X-Thumbwheel-Conversation-Id", "X-OpenWebUI-Chat-Id")
 _MESSAGE = ("X-Thumbwheel-Message-Id", "X-OpenWebUI-Message-Id")
@@ -68,6 +69,7 @@ class Ask:
     message_id: str | None
     wants_token_ids: bool
     is_captured: bool
+    is_stored: bool
     size: int
     choices: int = 1
     is_conversation_named: bool = False
@@ -93,6 +95,7 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
     conversation_id = _id(_header(headers, _CONVERSATION) or metadata.get("conversation_id"), "conversation")
     is_task = bool(_header(headers, _TASK) or metadata.get("task"))  # a title, tags: nobody sees it, nobody votes on it
     choices = _value(fields, "n")
+    is_stored = headers.get("X-Thumbwheel-Store", "").lower() != "false" and _value(fields, "store") is not False
     return Ask(
         endpoint=endpoint,
         fields=fields,
@@ -101,13 +104,20 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
         rater=rater or None,
         message_id=_id(_header(headers, _MESSAGE) or metadata.get("message_id"), "message"),
         wants_token_ids=bool(_value(fields, "return_token_ids")),
-        is_captured=not is_task and _is_capturable(fields),
+        is_captured=is_stored and not is_task and _is_capturable(fields),
+        is_stored=is_stored,
         size=len(body),
         is_conversation_named=conversation_id is not None,
         choices=choices if isinstance(choices, int) else 1,
-        trace=headers.get("traceparent"),
+        trace=read_trace(headers).get("traceparent"),
         params={name: value for name, value in fields.items() if name not in _NOT_PARAMS},
     )
+
+
+def read_trace(headers: Mapping[str, str]) -> dict[str, str]:
+    """The W3C trace context, to be passed on; what cannot be one is left out, as that standard says."""
+    found = ((name, headers.get(name, "")) for name in ("traceparent", "tracestate"))
+    return {name: value for name, value in found if value and len(value) <= MAX_TRACE_CHARS and value.isascii()}
 
 
 def read_fields(body: bytes) -> dict[str, Raw]:
@@ -174,9 +184,9 @@ def _first_turn(fields: Mapping[str, Raw]) -> str:
 
 def _is_capturable(fields: Mapping[str, Raw]) -> bool:
     """Whether one prompt has one answer that can be an example. With `echo` vLLM leaves the prompt's text out as soon
-    as token ids are asked for, so such requests are left alone; `store: false` is the app's own no.
+    as token ids are asked for, so such requests are left alone.
     """
-    if _value(fields, "echo") or _value(fields, "store") is False:
+    if _value(fields, "echo"):
         return False
     if "prompt" not in fields:
         return True

@@ -42,35 +42,41 @@ class Exchange:
 def build_record(
     exchange: Exchange, transcript: Transcript, *, topic: str, source: str, aborted: bool, ended_s: float
 ) -> NewRecord:
-    """The record of a response."""
+    """The record of a response; of one that must not be stored it says only that it was there, for votes to find."""
     ask = exchange.ask
     first_byte_s = exchange.first_byte_s
-    prompt = ask.fields.get("prompt")
     event = ResponseLogged(
         response_id=exchange.response_id,
-        choices=transcript.choices(),
-        # Raw JSON stands where decoded values would: the encoder copies it, as it came.
-        messages=ask.fields.get("messages"),  # type: ignore[arg-type]
-        prompt=None if prompt is None else _prompt_text(prompt),
-        prompt_token_ids=transcript.prompt_token_ids,
         endpoint=ask.endpoint,
         alias=exchange.shown_model,
         adapter=exchange.adapter,
         arm=exchange.arm,
         generation=exchange.generation,
-        conversation_id=ask.conversation_id,
-        rater=ask.rater,
         message_id=ask.message_id,
-        tools=ask.fields.get("tools"),  # type: ignore[arg-type]
-        params=ask.params,
         aborted=aborted,
         started_at_ms=exchange.started_at_ms,
         first_token_s=None if first_byte_s is None else round(first_byte_s - exchange.started_s, 6),
         duration_s=round(ended_s - exchange.started_s, 6),
         trace=ask.trace,
+        **(_content(ask, transcript) if ask.is_stored else {"choices": [], "stored": False}),
     )
     value = encode(event, event_id=exchange.response_id, key=exchange.key, source=source, now_ms=exchange.started_at_ms)
     return NewRecord(topic, exchange.key, value)
+
+
+def _content(ask: Ask, transcript: Transcript) -> dict[str, Any]:
+    prompt = ask.fields.get("prompt")
+    return {
+        "choices": transcript.choices(),
+        # Raw JSON stands where decoded values would: the encoder copies it, as it came.
+        "messages": ask.fields.get("messages"),
+        "prompt": None if prompt is None else _prompt_text(prompt),
+        "prompt_token_ids": transcript.prompt_token_ids,
+        "conversation_id": ask.conversation_id,
+        "rater": ask.rater,
+        "tools": ask.fields.get("tools"),
+        "params": ask.params,
+    }
 
 
 def _prompt_text(raw: msgspec.Raw) -> str | None:

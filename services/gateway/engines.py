@@ -34,8 +34,18 @@ class Replica:
     is_up: bool = True
 
 
+@dataclass(slots=True)
+class Answer:
+    """An engine's answer from its first byte on: `first` is all of the body, unless there is a `rest` to stream."""
+
+    status: int
+    headers: Mapping[str, str]
+    first: bytes
+    rest: aiohttp.StreamReader | None
+
+
 class Engines:
-    """A connection pool over the replicas. Nothing is limited here but time: the engine has its own queue."""
+    """A connection pool over the replicas. Nothing is limited here but time: `Parts.admit` bounds the requests."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.replicas = [Replica(url.rstrip("/")) for url in settings.urls]
@@ -58,28 +68,23 @@ class Engines:
         return any(replica.is_up for replica in self.replicas)
 
     @contextlib.asynccontextmanager
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The answer of the least loaded replica, its body not read yet; leaving early ends the request upstream.
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[Answer]:
+        """The answer of the least loaded replica; leaving early ends the request upstream.
 
-        A replica that gives no answer at all is left for another one. Raises Refusal 502 or 503.
+        A replica that fails before the first byte is left for another one. Raises Refusal 502 or 503.
         """
-        replica, response = await self._send("POST", path, body, headers)
+        replica, response, answer = await self._send("POST", path, body, headers)
         try:
-            yield response
+            yield answer
         finally:
             replica.open_requests -= 1
             response.close()  # a connection whose body was read to its end is back in the pool already
 
-    async def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body of a small answer. Raises Refusal 502 or 503."""
-        replica, response = await self._send("GET", path, None, {})
-        try:
-            async with response:
-                return response.status, await response.read()
-        except (aiohttp.ClientError, TimeoutError) as exc:
-            raise Refusal(502, f"the engine broke off its answer: {exc!r}", code="engine_failed") from exc
-        finally:
-            replica.open_requests -= 1
+    async def get(self, path: str) -> Answer:
+        """A small answer. Raises Refusal 502 or 503."""
+        replica, _, answer = await self._send("GET", path, None, {})
+        replica.open_requests -= 1
+        return answer
 
     async def watch(self) -> None:
         """Look after the replicas' health for ever."""
@@ -92,19 +97,15 @@ class Engines:
 
     async def _send(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
-    ) -> tuple[Replica, aiohttp.ClientResponse]:
+    ) -> tuple[Replica, aiohttp.ClientResponse, Answer]:
         tried: list[Replica] = []
         # A single replica gets a second try too: a pooled connection may have been closed at that very moment.
         for _ in range(max(2, len(self.replicas))):
             replica = min(self.replicas, key=lambda r: (r in tried, not r.is_up, r.open_requests))
             replica.open_requests += 1
-            # aiohttp sends large bytes at one go and warns of it; a file of them goes in pieces.
-            data = body if body is None or len(body) < _LARGE_BYTES else io.BytesIO(body)
             try:
-                return replica, await self._session.request(
-                    method, URL(replica.url + path, encoded=True), data=data, headers={**self._headers, **headers}
-                )
-            except aiohttp.ClientConnectionError as exc:  # before the first byte, connecting too slowly included
+                return replica, *await self._begin(method, URL(replica.url + path, encoded=True), body, headers)
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as exc:
                 replica.open_requests -= 1
                 tried.append(replica)
                 failure: Exception = exc
@@ -122,6 +123,26 @@ class Engines:
                 raise
         message = f"no engine takes requests now ({type(failure).__name__}); try again"
         raise Refusal(503, message, code="engine_unavailable", retry_after_s=RETRY_AFTER_S) from failure
+
+    async def _begin(
+        self, method: str, url: URL, body: bytes | None, headers: Mapping[str, str]
+    ) -> tuple[aiohttp.ClientResponse, Answer]:
+        """The answer up to its first byte, for until then another replica can give it; all of it where the engine does
+        not stream.
+        """
+        # aiohttp sends large bytes at one go and warns of it; a file of them goes in pieces.
+        data = body if body is None or len(body) < _LARGE_BYTES else io.BytesIO(body)
+        response = await self._session.request(method, url, data=data, headers={**self._headers, **headers})
+        try:
+            # The engine's own word on whether it streams: it is more lenient than we in what it takes for `true`.
+            if response.status == 200 and response.content_type == "text/event-stream":
+                first, rest = await response.content.readany(), response.content
+            else:
+                first, rest = await response.read(), None
+        except BaseException:
+            response.close()
+            raise
+        return response, Answer(response.status, response.headers, first, rest)
 
     async def _check(self, replica: Replica) -> None:
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)

@@ -12,7 +12,14 @@ class Refusal(web.HTTPException):
     """A request that is answered with an error; raised by handlers, turned into the response by aiohttp."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: int = 0
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int = 0,
+        headers: dict[str, str] | None = None,
     ) -> None:
         self.status_code = status
         kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
@@ -20,7 +27,7 @@ class Refusal(web.HTTPException):
         super().__init__(
             text=msgspec.json.encode({"error": self.error}).decode(),
             content_type="application/json",
-            headers={"Retry-After": str(retry_after_s)} if retry_after_s else None,
+            headers={"Retry-After": str(retry_after_s)} if retry_after_s else headers,
         )
 
 

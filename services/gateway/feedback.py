@@ -36,6 +36,7 @@ from loop.log import NewRecord
 from services.gateway.asks import MAX_ID_CHARS
 from services.gateway.errors import Refusal, read_body
 from services.gateway.parts import PARTS, Parts
+from services.gateway.redactor import RedactionError, Redactor
 from services.gateway.relay import FEEDBACK_TOKEN
 
 MAX_BYTES = 64 * 1024
@@ -60,7 +61,7 @@ class Vote(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     value: str
     response_id: Id | None = None
     message_id: Id | None = None
-    choice_index: Annotated[int, Meta(ge=0, le=1023)] | None = None
+    choice_index: Annotated[float, Meta(ge=0, le=1023, multiple_of=1)] | None = None  # in JSON 1.0 is an integer
     rater: Id | None = None
     comment: Comment | None = None
     reasons: Annotated[list[_Word], Meta(max_length=32)] = []
@@ -156,6 +157,8 @@ def read_vote(body: bytes | Raw, feedback_id: str | None) -> Vote:
     try:
         vote = _vote.decode(body)
         if vote.feedback_id is None and feedback_id:
+            if not feedback_id.isprintable():  # a header may have bytes that are no text
+                raise Refusal(422, f"Idempotency-Key is {feedback_id[:80]!r}; expected printable characters")
             vote.feedback_id = msgspec.convert(feedback_id, OwnId)
     except msgspec.ValidationError as exc:
         raise Refusal(422, f"the vote is not valid: {exc}", code="invalid_feedback") from exc
@@ -232,7 +235,7 @@ def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> Fee
         hlc=parts.stamp(),
         response_id=response_id,
         message_id=vote.message_id if response_id is None else None,
-        choice_index=vote.choice_index or 0,
+        choice_index=int(vote.choice_index or 0),
         rater=rater,
         weight=weight if vote.weight is None else vote.weight,
         source=source,
@@ -248,7 +251,10 @@ async def write_feedback(given: Sequence[FeedbackGiven], parts: Parts) -> None:
         return
     status = 499
     try:
-        written = parts.spool.put_feedback([feedback_record(vote, parts) for vote in given], given[-1].hlc)
+        records = [feedback_record(vote, parts) for vote in given]
+        if parts.redactor is not None:
+            records = [await _redacted(*vote, parts.redactor, parts) for vote in zip(given, records, strict=True)]
+        written = parts.spool.put_feedback(records, given[-1].hlc)
         try:
             is_on_disk = await asyncio.wait_for(written, WRITE_TIMEOUT_S)
         except TimeoutError:
@@ -271,6 +277,14 @@ def feedback_record(given: FeedbackGiven, parts: Parts) -> NewRecord:
     )
     value = encode(given, event_id=uuid7(now_ms), key=key, source=parts.source, now_ms=now_ms)
     return NewRecord(parts.feedback_topic, key, value)
+
+
+async def _redacted(given: FeedbackGiven, record: NewRecord, redactor: Redactor, parts: Parts) -> NewRecord:
+    """The record without what is private; without any text where that fails, for the vote counts all the same."""
+    try:
+        return record._replace(value=await redactor.redact(record.value, is_feedback=True))
+    except RedactionError:
+        return feedback_record(msgspec.structs.replace(given, comment=None, reasons=[], correction=None), parts)
 
 
 def count_refused(exc: Refusal) -> None:

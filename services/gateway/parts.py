@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -13,11 +15,12 @@ from loop import metrics
 from loop.events import HybridClock
 from loop.keys import Scope
 from loop.settings import GatewaySettings, Settings
-from services.gateway.engines import Engines
+from services.gateway.engines import RETRY_AFTER_S, Engines
 from services.gateway.errors import Refusal
 from services.gateway.identity import Caller, TokenSigner
 from services.gateway.limits import RateLimit
 from services.gateway.recent import Recent
+from services.gateway.redactor import Redactor
 from services.gateway.routes import RouteWatch
 from services.gateway.spool import Spool
 
@@ -33,8 +36,10 @@ class Parts:
     engines: Engines
     routes: RouteWatch
     spool: Spool
+    redactor: Redactor | None
     clock: HybridClock
     is_draining: bool = False
+    open_requests: int = 0
     gateway: GatewaySettings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +126,19 @@ class Parts:
         """Take one of the rater's requests. Raises Refusal 429."""
         if self._rater_limit is not None and rater:
             _take(self._rater_limit, rater, "this rater")
+
+    @contextmanager
+    def admit(self, endpoint: str) -> Iterator[None]:
+        """Room for one request to the engine. Raises Refusal 503 where there is none, its body not read yet."""
+        if self.open_requests >= self.gateway.max_open_requests:
+            metrics.gateway_requests.labels(endpoint, "", "503").inc()
+            message = f"{self.open_requests} requests are open, which is the most that is taken here; try again"
+            raise Refusal(503, message, code="overloaded", retry_after_s=RETRY_AFTER_S)
+        self.open_requests += 1
+        try:
+            yield
+        finally:
+            self.open_requests -= 1
 
     def stamp(self) -> int:
         """The next stamp of the hybrid clock."""

@@ -13,39 +13,43 @@ from loop import metrics
 from loop.events import key_of_message_id, random_key, uuid7
 from loop.rollout.routing import Arm, Route, adapter_name, pick_arm
 from services.gateway.answers import Rename
-from services.gateway.asks import Endpoint, read_ask, read_fields, read_model
+from services.gateway.asks import Endpoint, read_ask, read_fields, read_model, read_trace
 from services.gateway.capture import Exchange
 from services.gateway.errors import Refusal, read_body
 from services.gateway.identity import Caller
 from services.gateway.parts import PARTS, Parts
 from services.gateway.regenerate import SOURCE, prompt_key, vote_on_earlier
-from services.gateway.relay import read_answer, relay, relayed_headers
+from services.gateway.relay import relay, relayed_headers
 
 _ID_PREFIX: dict[Endpoint, str] = {"chat": "chatcmpl", "completions": "cmpl"}
 _requests = functools.cache(metrics.gateway_requests.labels)
 _request_seconds = functools.cache(metrics.gateway_request_seconds.labels)
+NO_RESPONSES = (
+    "/v1/responses is not served here: its answers build on earlier ones that only the engine keeps, so what the model "
+    "was given could not be logged; use /v1/chat/completions, which has tools, reasoning and streaming as well"
+)
 _PATH: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
-    return await _generate(request, "chat")
+    return await _admitted(request, "chat")
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
-    return await _generate(request, "completions")
+    return await _admitted(request, "completions")
 
 
 async def models(request: web.Request) -> web.Response:
     """GET /v1/models: the alias, described as the engine describes its base model."""
     parts = request.app[PARTS]
     await parts.check_key(request, "chat")
-    status, body = await parts.engines.get("/v1/models")
-    if status != 200:
-        return web.Response(body=body, status=status, content_type="application/json")
+    answer = await parts.engines.get("/v1/models")
+    if answer.status != 200:
+        return web.Response(body=answer.first, status=answer.status, content_type="application/json")
     try:
-        listed: list[dict[str, Any]] = msgspec.json.decode(body)["data"]
+        listed: list[dict[str, Any]] = msgspec.json.decode(answer.first)["data"]
     except (msgspec.DecodeError, KeyError, TypeError) as exc:
         raise Refusal(502, f"the engine's list of models cannot be read: {exc}", code="engine_failed") from exc
     base = next((entry for entry in listed if entry.get("id") == parts.base_name), {})
@@ -57,19 +61,30 @@ async def pass_through(request: web.Request) -> web.Response:
     """Embeddings, tokenise, detokenise: the alias becomes the live adapter, nothing is logged."""
     parts = request.app[PARTS]
     caller = await parts.check_key(request, "chat")
-    fields = read_fields(await read_body(request, parts.gateway.max_body_bytes))
-    shown = read_model(fields)
-    await parts.routes.is_known.wait()
-    with parts.routes.use() as route:
-        adapter = choose_arm(route, shown, "", caller, parts).adapter
-        fields["model"] = msgspec.Raw(msgspec.json.encode(adapter))
-        async with parts.engines.post(request.path, msgspec.json.encode(fields), _trace(request)) as upstream:
-            body = Rename(adapter, shown or parts.alias, strip_token_ids=False).answer(await read_answer(upstream))
-            return web.Response(body=body, status=upstream.status, headers=relayed_headers(upstream))
+    with parts.admit("other"):
+        fields = read_fields(await read_body(request, parts.gateway.max_body_bytes))
+        shown = read_model(fields)
+        await parts.routes.is_known.wait()
+        with parts.routes.use() as route:
+            adapter = choose_arm(route, shown, "", caller, parts).adapter
+            fields["model"] = msgspec.Raw(msgspec.json.encode(adapter))
+            async with parts.engines.post(
+                request.path, msgspec.json.encode(fields), read_trace(request.headers)
+            ) as answer:
+                body = Rename(adapter, shown or parts.alias, strip_token_ids=False).answer(answer.first)
+                return web.Response(body=body, status=answer.status, headers=relayed_headers(answer))
 
 
 async def not_served(request: web.Request) -> web.Response:
     """Everything else, the engine's admin routes among it, stays unreachable."""
+    served = [(await resource.resolve(request))[1] for resource in request.app.router.resources()]
+    methods = set[str]().union(*served) - {"*", "OPTIONS"}  # which every path has
+    if methods:
+        allowed = ", ".join(sorted(methods))
+        message = f"{request.path} takes {allowed}, not {request.method[:20]}"
+        raise Refusal(405, message, code="method_not_allowed", headers={"Allow": allowed})
+    if request.path.startswith("/v1/responses"):
+        raise Refusal(404, NO_RESPONSES, code="unknown_url")
     raise Refusal(404, f"{request.method} {request.path[:120]} is not served here", code="unknown_url")
 
 
@@ -91,9 +106,14 @@ def choose_arm(route: Route, model: str | None, subject: str, caller: Caller, pa
     )
 
 
-async def _generate(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+async def _admitted(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
     parts = request.app[PARTS]
     caller = await parts.check_key(request, "chat")
+    with parts.admit(endpoint):
+        return await _generate(request, endpoint, caller, parts)
+
+
+async def _generate(request: web.Request, endpoint: Endpoint, caller: Caller, parts: Parts) -> web.StreamResponse:
     started_at_ms, started_s = int(time.time() * 1000), time.monotonic()
     ask = read_ask(endpoint, request.headers, await read_body(request, parts.gateway.max_body_bytes), parts.rater_salt)
     parts.limit_rater(ask.rater or "")
@@ -121,20 +141,16 @@ async def _ask_engine(request: web.Request, exchange: Exchange, caller: Caller, 
     """Send and relay; where the engine does not know the adapter any more, the route is read again and tried once."""
     ask = exchange.ask
     # vLLM makes the response's id of this header, so that no body is rewritten for it.
-    headers = {"X-Request-Id": exchange.response_id.partition("-")[2], **_trace(request)}
+    headers = {"X-Request-Id": exchange.response_id.partition("-")[2], **read_trace(request.headers)}
     path = _PATH[ask.endpoint]
     is_retried = False
     while True:
         with parts.routes.use() as route:
             arm = choose_arm(route, ask.model, ask.conversation_id, caller, parts)
             exchange.serve_by(arm, route.generation)
-            async with parts.engines.post(path, ask.upstream_body(arm.adapter), headers) as upstream:
-                if upstream.status != 404 or is_retried or arm.adapter == parts.base_name:
-                    return await relay(request, upstream, exchange, parts)
+            async with parts.engines.post(path, ask.upstream_body(arm.adapter), headers) as answer:
+                if answer.status != 404 or is_retried or arm.adapter == parts.base_name:
+                    return await relay(request, answer, exchange, parts)
         is_retried = True
         metrics.gateway_route_retries.inc()
         await parts.routes.refresh()
-
-
-def _trace(request: web.Request) -> dict[str, str]:
-    return {name: request.headers[name] for name in ("traceparent", "tracestate") if name in request.headers}

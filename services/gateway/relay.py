@@ -19,7 +19,7 @@ from loop import metrics
 from loop.log import NewRecord
 from services.gateway.answers import EventStream, Rename, Transcript
 from services.gateway.capture import Exchange, build_record
-from services.gateway.errors import Refusal
+from services.gateway.engines import Answer
 from services.gateway.identity import Claim
 from services.gateway.parts import Parts
 
@@ -34,58 +34,47 @@ _first_byte_seconds = functools.cache(metrics.gateway_first_byte_seconds.labels)
 _responses_logged = functools.cache(metrics.gateway_responses_logged.labels)
 
 
-async def relay(
-    request: web.Request, upstream: aiohttp.ClientResponse, exchange: Exchange, parts: Parts
-) -> web.StreamResponse:
-    """Pass the answer on and log it. Raises Refusal where the engine fails before the first byte."""
+async def relay(request: web.Request, answer: Answer, exchange: Exchange, parts: Parts) -> web.StreamResponse:
+    """Pass the answer on and log it."""
+    _see_first_byte(exchange)
     ask = exchange.ask
-    is_captured = ask.is_captured and upstream.status == 200
-    headers = relayed_headers(upstream)
+    is_captured = ask.is_captured and answer.status == 200
+    is_logged = is_captured or (not ask.is_stored and answer.status == 200)
+    headers = relayed_headers(answer)
+    if is_logged:
+        headers[RESPONSE_ID] = exchange.response_id
     if is_captured:
         expiry_s = exchange.started_at_ms // 1000 + parts.gateway.token_ttl_s
-        headers[RESPONSE_ID] = exchange.response_id
         headers[FEEDBACK_TOKEN] = parts.signer.sign(Claim(exchange.response_id, ask.rater or ""), expiry_s)
         if ask.choices > 1:
             parts.with_choices.put(exchange.key, None)
     # What the app did not ask for was asked for by us, in `Ask.upstream_body`.
     rename = Rename(exchange.adapter, exchange.shown_model, strip_token_ids=is_captured and not ask.wants_token_ids)
-    # The engine's own word on whether it streams: it is more lenient than we in what it takes for `true`.
-    if upstream.status == 200 and upstream.content_type == "text/event-stream":
+    if answer.rest is not None:
         stream = EventStream(rename, Transcript() if is_captured else None)
-        response = await _relay_stream(request, upstream, exchange, parts, stream, headers)
+        response = await _relay_stream(request, answer, exchange, parts, stream, headers)
     else:
-        body = await read_answer(upstream)
-        _see_first_byte(exchange)
-        if is_captured:
-            await _wait(_log(parts, exchange, lambda: _read_body(body), len(body)), exchange, parts)
-        response = web.Response(body=rename.answer(body), status=upstream.status, headers=headers)
+        if is_logged:
+            read = functools.partial(_read_body, answer.first) if is_captured else Transcript
+            await _wait(_log(parts, exchange, read, len(answer.first)), exchange, parts)
+        response = web.Response(body=rename.answer(answer.first), status=answer.status, headers=headers)
     if parts.is_draining:
         response.force_close()
     return response
 
 
-def relayed_headers(upstream: aiohttp.ClientResponse) -> dict[str, str]:
+def relayed_headers(answer: Answer) -> dict[str, str]:
     """The engine's headers for the app; cross-origin rules are the gateway's own."""
     return {
         name: value
-        for name, value in upstream.headers.items()
+        for name, value in answer.headers.items()
         if (lower := name.lower()) not in _NOT_PASSED_ON and not lower.startswith("access-control-")
     }
 
 
-async def read_answer(upstream: aiohttp.ClientResponse) -> bytes:
-    """The whole body. Raises Refusal 502 or 503 where it does not come."""
-    try:
-        return await upstream.read()
-    except TimeoutError as exc:
-        raise Refusal(503, "the engine did not finish its answer in time", code="engine_timeout") from exc
-    except aiohttp.ClientError as exc:
-        raise Refusal(502, f"the engine broke off its answer: {exc}", code="engine_failed") from exc
-
-
 async def _relay_stream(
     request: web.Request,
-    upstream: aiohttp.ClientResponse,
+    answer: Answer,
     exchange: Exchange,
     parts: Parts,
     stream: EventStream,
@@ -97,11 +86,12 @@ async def _relay_stream(
         await response.prepare(request)
         # Bounds what the engine's timeout does not: an app that has stopped reading.
         async with asyncio.timeout(parts.request_timeout_s):
-            is_complete = await _copy(upstream, response, stream, exchange)
+            is_complete = await _copy(answer, response, stream)
     except (TimeoutError, ConnectionError):  # a client that has left: the engine is told by closing its connection
         pass
     finally:  # on cancellation too, which is how aiohttp says that the client has left
-        written = None if stream.transcript is None else _log_stream(parts, exchange, stream, is_complete)
+        is_logged = stream.transcript is not None or not exchange.ask.is_stored
+        written = _log_stream(parts, exchange, stream, is_complete) if is_logged else None
     if not is_complete:
         if request.transport is not None:
             request.transport.close()  # without the last chunk, so that the app sees an answer cut off, as we did
@@ -113,21 +103,18 @@ async def _relay_stream(
     return response
 
 
-async def _copy(
-    upstream: aiohttp.ClientResponse, response: web.StreamResponse, stream: EventStream, exchange: Exchange
-) -> bool:
+async def _copy(answer: Answer, response: web.StreamResponse, stream: EventStream) -> bool:
     """Whether the engine came to its end; what it sends goes to the app at once."""
-    while True:
-        try:
-            block = await upstream.content.readany()
-        except (aiohttp.ClientError, TimeoutError):
-            return stream.is_done
-        if not block:
-            return True
-        if exchange.first_byte_s is None:
-            _see_first_byte(exchange)
+    assert answer.rest is not None
+    block = answer.first
+    while block:
         if ready := stream.feed(block):
             await response.write(ready)
+        try:
+            block = await answer.rest.readany()
+        except (aiohttp.ClientError, TimeoutError):
+            return stream.is_done
+    return True
 
 
 def _see_first_byte(exchange: Exchange) -> None:
@@ -144,7 +131,8 @@ def _read_body(body: bytes) -> Transcript:
 
 def _log_stream(parts: Parts, exchange: Exchange, stream: EventStream, is_complete: bool) -> asyncio.Future[bool]:
     is_whole = is_complete and stream.is_done
-    return _log(parts, exchange, stream.finish, stream.kept_bytes, is_aborted=not is_whole)
+    read = Transcript if stream.transcript is None else stream.finish
+    return _log(parts, exchange, read, stream.kept_bytes, is_aborted=not is_whole)
 
 
 def _log(
@@ -162,7 +150,7 @@ def _log(
             transcript,
             topic=parts.responses_topic,
             source=parts.source,
-            aborted=is_aborted or not transcript.has_finished,
+            aborted=is_aborted or (exchange.ask.is_captured and not transcript.has_finished),
             ended_s=ended_s,
         )
 

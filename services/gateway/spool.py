@@ -3,6 +3,8 @@
 With the embedded log the spool is the log itself; else `forward.py` carries its records to the broker. Feedback goes to
 the thread, and is done when it is on disk. A response is done when it is in the journal (see there). Where the disk has
 turned slow, or the quota is used up, responses go to the thread as well for a while, and no stream waits for a write.
+
+With redaction on, a response is redacted before any of this: until then it is in memory only.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from loop import metrics
 from loop.log import LogUnavailableError, NewRecord
 from loop.log.embedded import EmbeddedLog
 from services.gateway.journal import Journal, Place, recover
+from services.gateway.redactor import RedactionError, Redactor
 
 SYNC_WITHIN_S = 0.2
 COLLECT_S = 0.02  # how long responses, which are safe already, wait for others to be committed with
@@ -30,6 +33,7 @@ RETRY_S = 0.5
 QUOTA_EVERY_S = 0.5
 KEPT_FREE_BYTES = 256 * 1024 * 1024  # of the disk, for feedback
 MAX_BATCH = 500
+REDACT_WITHIN_S = 10.0  # at the end, what waits for that still
 MAX_WAITING_BYTES = 128 * 1024 * 1024
 CLOCK = "hlc"  # the meta entry with the clock's last stamp
 
@@ -54,7 +58,13 @@ class Spool:
     """Writes to `log` from a thread of its own; all its methods are called on the event loop."""
 
     def __init__(
-        self, log: EmbeddedLog, waiting_bytes: Callable[[], int], quota_bytes: int, journal: Path, slow_s: float
+        self,
+        log: EmbeddedLog,
+        waiting_bytes: Callable[[], int],
+        quota_bytes: int,
+        journal: Path,
+        slow_s: float,
+        redactor: Redactor | None = None,
     ) -> None:
         """`waiting_bytes` is held against the quota; `journal`: the stem of its files; an append of over `slow_s` shows
         a slow disk. Raises LogUnavailableError and OSError where what an earlier process has left cannot be taken up.
@@ -67,6 +77,9 @@ class Spool:
         self._hurry = threading.Event()
         self._log = log
         self._waiting_bytes = waiting_bytes
+        self._redactor = redactor
+        self._redacting: set[asyncio.Task[None]] = set()
+        self._redacting_bytes = 0
         self._quota_bytes = quota_bytes
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -82,13 +95,14 @@ class Spool:
     def put_response(self, build: Callable[[], NewRecord], size: int) -> asyncio.Future[bool]:
         """Write a response: True once it would survive kill -9, False where it is lost (which is counted)."""
         job = _Job(size, self._loop.create_future(), build)
-        if self._put_bytes - self._settled_bytes > MAX_WAITING_BYTES:
+        if self._put_bytes - self._settled_bytes + self._redacting_bytes > MAX_WAITING_BYTES:
             self._lose(job, "backlog")
-        elif self._is_full or time.monotonic() < self._slow_until:
-            self._put(job)
-        elif self._build(job) and self._write_ahead(job):
-            job.done.set_result(True)
-            self._put(job)
+        elif self._redactor is not None:
+            task = asyncio.create_task(self._redact(job, self._redactor))
+            self._redacting.add(task)
+            task.add_done_callback(self._redacting.discard)
+        else:
+            self._take(job)
         return job.done
 
     def put_feedback(self, records: Sequence[NewRecord], stamp: int) -> asyncio.Future[bool]:
@@ -100,9 +114,37 @@ class Spool:
 
     async def close(self) -> None:
         """Write what was handed over, sync, end the thread."""
+        if self._redacting:
+            await asyncio.wait(self._redacting, timeout=REDACT_WITHIN_S)
+        if self._redactor is not None:
+            await self._redactor.close()
+        if self._redacting:
+            await asyncio.wait(self._redacting)
         self._jobs.put(None)
         self._hurry.set()
         await asyncio.to_thread(self._thread.join)
+
+    async def _redact(self, job: _Job, redactor: Redactor) -> None:
+        if not self._build(job):
+            return
+        (record,) = job.records
+        self._redacting_bytes += job.size
+        try:
+            clean = record._replace(value=await redactor.redact(record.value, is_feedback=False))
+        except RedactionError:
+            self._lose(job, "redaction")
+        else:
+            job.build = lambda: clean
+            self._take(job)
+        finally:
+            self._redacting_bytes -= job.size
+
+    def _take(self, job: _Job) -> None:
+        if self._is_full or time.monotonic() < self._slow_until:
+            self._put(job)
+        elif self._build(job) and self._write_ahead(job):
+            _settle([job.done], True)
+            self._put(job)
 
     def _put(self, job: _Job) -> None:
         self._put_bytes += job.size
@@ -127,7 +169,7 @@ class Spool:
 
     def _lose(self, job: _Job, reason: str) -> None:
         metrics.gateway_responses_lost.labels(reason).inc()
-        job.done.set_result(False)
+        _settle([job.done], False)
 
     # --- the thread --------------------------------------------------------------------------------------------------
 

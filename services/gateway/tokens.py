@@ -22,7 +22,7 @@ class TokenAsk(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     response_id: Id
     rater: Id | None = None
     """Who may vote with it; without one, the response's one anonymous rater."""
-    ttl_s: Annotated[int, Meta(ge=1)] | None = None
+    ttl_s: Annotated[float, Meta(ge=1, multiple_of=1)] | None = None  # in JSON 1.0 is an integer
     """Seconds for which it is good, at most gateway.token_ttl_s, which is also the default."""
 
 
@@ -40,7 +40,7 @@ async def make_token(request: web.Request) -> web.Response:
     except (ValueError, msgspec.DecodeError) as exc:
         raise Refusal(422, f"no token can be made: {exc}", code="invalid_token_request") from exc
     longest_s = parts.gateway.token_ttl_s
-    expires_at = int(time.time()) + min(ask.ttl_s or longest_s, longest_s)
+    expires_at = int(time.time()) + int(min(ask.ttl_s or longest_s, longest_s))
     claim = Claim(ask.response_id, hash_rater(parts.rater_salt, ask.rater or ""))
     token = parts.signer.sign(claim, expires_at)
     return answer(200, {"token": token, "response_id": ask.response_id, "expires_at": expires_at})

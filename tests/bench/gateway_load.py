@@ -1,4 +1,5 @@
-"""The gateway bench's load generator: keep-alive connections that ask again as soon as they are answered.
+"""The gateway bench's load generator: keep-alive connections that ask again as soon as they are answered, for so
+many seconds (0: each of them once).
 
 Raw sockets under asyncio with as little of its own as can be, so that what is measured is what stands in between.
 """
@@ -14,17 +15,17 @@ from urllib.parse import urlsplit
 import uvloop
 
 
-def request_bytes(kind: str, chunks: int, model: str) -> bytes:
+def request_bytes(kind: str, chunks: int, pace_s: float) -> bytes:
     """One request, the same for all."""
     body = {
-        "model": model,
+        "model": "assistant",  # which the stub knows too, when it is asked directly
         "messages": [
             {"role": "system", "content": "You are a support assistant. Be exact and brief."},
             {"role": "user", "content": "My order 1234 has not arrived. Where is it, and when will it come?"},
         ],
         "temperature": 0.7,
         "max_tokens": 64,
-        "stub": {"chunks": chunks},
+        "stub": {"chunks": chunks, "pace_s": pace_s},
     }
     if kind == "stream":
         body["stream"] = True
@@ -40,6 +41,9 @@ class Client(asyncio.Protocol):
         self.request = request
         self.until = until
         self.latencies_ms: list[float] = []
+        self.first_chunk_ms: list[float] = []
+        self.chunks = 0
+        self.is_dropped = False
         self.done = asyncio.get_running_loop().create_future()
         self.buffer = b""
 
@@ -50,11 +54,17 @@ class Client(asyncio.Protocol):
     def send(self) -> None:
         self.buffer = b""
         self.end = -1
+        self.has_begun = False
         self.started = time.perf_counter()
         self.transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
+        if count := data.count(b"data: "):
+            self.chunks += count
+            if not self.has_begun:
+                self.has_begun = True
+                self.first_chunk_ms.append((time.perf_counter() - self.started) * 1000)
         if self.end < 0:
             split = self.buffer.find(b"\r\n\r\n")
             if split < 0:
@@ -73,25 +83,32 @@ class Client(asyncio.Protocol):
                 self.done.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_exception(exc or ConnectionError("closed in mid-answer"))
+        if not self.done.done():  # in the middle of an answer
+            self.is_dropped = True
+            self.done.set_result(None)
 
 
-async def main(url: str, kind: str, clients: int, seconds: float, chunks: int) -> None:
+async def main(url: str, kind: str, clients: int, seconds: float, chunks: int, pace_s: float) -> None:
     host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
     started = time.perf_counter()
     loop = asyncio.get_running_loop()
-    request = request_bytes(kind, chunks, "assistant")  # which the stub knows too, when it is asked directly
+    request = request_bytes(kind, chunks, pace_s)
     made = [
         (await loop.create_connection(lambda: Client(request, started + seconds), host, port))[1]
         for _ in range(clients)
     ]
     await asyncio.gather(*(client.done for client in made))
-    latencies = [value for client in made for value in client.latencies_ms]
-    print(json.dumps({"latencies_ms": latencies, "seconds": time.perf_counter() - started}))
+    found = {
+        "latencies_ms": [value for client in made for value in client.latencies_ms],
+        "first_chunk_ms": [value for client in made for value in client.first_chunk_ms],
+        "chunks": sum(client.chunks for client in made),
+        "dropped": sum(client.is_dropped for client in made),
+        "seconds": time.perf_counter() - started,
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    _, url_, kind_, clients_, seconds_, chunks_ = sys.argv
+    _, url_, kind_, clients_, seconds_, chunks_, pace_ = sys.argv
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main(url_, kind_, int(clients_), float(seconds_), int(chunks_)))
+        runner.run(main(url_, kind_, int(clients_), float(seconds_), int(chunks_), float(pace_)))

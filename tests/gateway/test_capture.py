@@ -140,7 +140,6 @@ async def test_a_long_stream_is_condensed_on_the_way(gateway: Gateway) -> None:
     [
         {"prompt": ["a", "b"]},  # two prompts in one request are no example
         {"prompt": "a", "echo": True},  # vLLM answers echo otherwise, once token ids are asked for
-        {"prompt": "a", "store": False},  # the app says no
     ],
 )
 async def test_what_can_be_no_example_is_left_alone(gateway: Gateway, stub: Stub, ask: dict[str, Any]) -> None:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
+from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
 
 from services.gateway.proxy import not_served
 from tests.conftest import RealEngine
 from tests.gateway.conftest import Gateway, StartGateway
 
 pytestmark = pytest.mark.engine
+OPENAI_NODE = "openai@7.57.0"
+LITELLM = "litellm==1.106.2"
 MESSAGES: Any = [{"role": "user", "content": "Where is my order?"}]
+
+ALLOWED = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/embeddings", "/tokenize", "/detokenize"}
 
 
 @pytest.fixture
@@ -110,6 +120,20 @@ async def test_every_other_route_of_the_engine_is_refused(through: Gateway, engi
         paths = (await response.json())["paths"]
     table = through.app.router
     served = {resource.canonical for resource in table.resources()}
+    # Routes that the engine leaves out of its own document.
+    hidden = (
+        "/health",
+        "/ping",
+        "/metrics",
+        "/version",
+        "/load",
+        "/server_info",
+        "/sleep",
+        "/reset_prefix_cache",
+        "/redoc",
+    )
+    paths |= {path: ["get", "post"] for path in hidden}
+    assert served & paths.keys() <= ALLOWED  # of them, embeddings are there for models that embed only
     refused = [path for path in paths if path not in served]
     assert {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"} <= set(refused)
     for path in refused:
@@ -117,3 +141,104 @@ async def test_every_other_route_of_the_engine_is_refused(through: Gateway, engi
             async with through.http.request(method, through.url + path.replace("{", "").replace("}", "")) as response:
                 assert response.status == 404, path
     assert not_served in {route.handler for route in table.routes()}
+
+
+# --- real clients ----------------------------------------------------------------------------------------------------
+
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": "find_order",
+            "parameters": {
+                "type": "object",
+                "properties": {"kind": {"type": "string", "enum": ["parcel", "letter"]}},
+                "required": ["kind"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+
+
+def called(answer: Any) -> tuple[Any, ...]:
+    message = answer.choices[0].message
+    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    return message.content, calls, answer.choices[0].finish_reason, answer.usage.prompt_tokens
+
+
+async def test_openai_for_python_works_sync_async_and_with_tools(through: Gateway, engine: RealEngine) -> None:
+    ask: Any = {"model": "assistant", "messages": MESSAGES, "max_tokens": 16, "temperature": 0}
+
+    def synchronous() -> tuple[str | None, str]:
+        with openai.OpenAI(base_url=through.url + "/v1", api_key="none") as client:
+            whole = client.chat.completions.create(**ask)
+            stream = client.chat.completions.create(**ask, stream=True)
+            streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+            return whole.choices[0].message.content, streamed
+
+    whole, streamed = await asyncio.to_thread(synchronous)
+    assert whole == streamed != ""
+    async with openai.AsyncOpenAI(base_url=through.url + "/v1", api_key="none") as client:
+        assert (await client.chat.completions.create(**ask)).choices[0].message.content == whole
+        # The tiny model need not call it, but what it says must be what it says without us in between.
+        async with openai.AsyncOpenAI(base_url=engine.url + "/v1", api_key="none") as direct:
+            for choice in ("auto", "required"):
+                tools: Any = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 48}
+                one = await direct.chat.completions.create(**(ask | tools | {"model": engine.base_name}))
+                other = await client.chat.completions.create(**(ask | tools))
+                assert called(one) == called(other)
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.chat.completions.create(**(ask | {"temperature": -1}))
+        assert "temperature" in refused.value.message
+    logged = through.responses()[-1]
+    assert logged.tools == TOOLS
+    assert logged.choices[0].token_ids
+
+
+async def test_langchains_chat_openai_works(through: Gateway) -> None:
+    model = ChatOpenAI(
+        model="assistant",
+        base_url=through.url + "/v1",
+        api_key=SecretStr("none"),
+        max_completion_tokens=16,
+        temperature=0,
+    )
+    whole = await model.ainvoke("Where is my order?")
+    streamed = "".join([chunk.text async for chunk in model.astream("Where is my order?")])
+    assert whole.text == streamed != ""
+    assert whole.response_metadata["id"] == through.responses()[0].response_id
+
+
+async def output_of(*command: str | Path, cwd: Path) -> Any:
+    """What the program prints, as JSON."""
+    child = await asyncio.create_subprocess_exec(
+        *command, cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    output, errors = await child.communicate()
+    assert child.returncode == 0, errors.decode()
+    return json.loads(output)
+
+
+async def test_openai_for_node_works(through: Gateway, tmp_path: Path) -> None:
+    script = shutil.copy(Path(__file__).with_name("openai_node.mjs"), tmp_path)
+    npm = ("npm", "install", "--prefix", tmp_path, "--no-audit", "--no-fund", "--no-save", "--json", OPENAI_NODE)
+    await output_of(*npm, cwd=tmp_path)
+    found = await output_of("node", script, through.url, cwd=tmp_path)
+    assert found["whole"] == found["streamed"] != ""
+    assert found["id"] == found["response_id"] == through.responses()[0].response_id
+    assert found["models"] == ["assistant"]
+    assert found["refused"] == {"name": "NotFoundError", "status": 404, "code": "model_not_found"}
+
+
+async def test_the_litellm_client_works(through: Gateway, tmp_path: Path) -> None:
+    python = tmp_path / "venv" / "bin" / "python"
+    for command in (
+        (sys.executable, "-m", "venv", tmp_path / "venv"),
+        (python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", LITELLM),
+    ):
+        child = await asyncio.create_subprocess_exec(*command)
+        assert await child.wait() == 0
+    found = await output_of(python, Path(__file__).with_name("litellm_client.py"), through.url, cwd=tmp_path)
+    assert found["whole"] == found["streamed"] != ""
+    assert found["id"] == through.responses()[0].response_id

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from loop.log.embedded import EmbeddedLog
 from tests.conftest import ROOT, free_port
 from tests.gateway.conftest import HELLO, read_spool
 from tests.stub_engine import StubEngine
@@ -37,13 +38,13 @@ def environment_of(folder: Path, port: int, metrics_port: int) -> dict[str, str]
 class Process:
     """A gateway process of its own, and where it is."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
         self.spool_path = folder / "log.db"
         self.environment = environment
         self.url = f"http://127.0.0.1:{(port := free_port())}"
         self.metrics_url = f"http://127.0.0.1:{(metrics_port := free_port())}"
         self.child = subprocess.Popen(
-            [sys.executable, "-c", SERVE],
+            [sys.executable, *(arguments or ("-c", SERVE))],
             cwd=ROOT,
             env=environment_of(folder, port, metrics_port) | environment,
         )
@@ -193,3 +194,72 @@ async def test_it_is_up_within_a_second_of_processor_time(process: Process) -> N
     await process.wait_until_up()
     fields = Path(f"/proc/{process.child.pid}/stat").read_text().rpartition(")")[2].split()
     assert (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") < 1.5
+
+
+# --- several on one port ---------------------------------------------------------------------------------------------
+
+
+def children_of(pid: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@pytest.fixture
+def three(stub: Stub, tmp_path: Path) -> Iterator[Process]:
+    environment = {"THUMBWHEEL_GATEWAY__PROCESSES": "3", "THUMBWHEEL_GATEWAY__TOKEN_SECRET": "secret"}
+    started = Process(
+        tmp_path,
+        *("-m", "services.cli", "gateway"),
+        THUMBWHEEL_ENGINE__URLS=json.dumps([stub[1]]),
+        THUMBWHEEL_GATEWAY__DRAIN_TIMEOUT_S="5",
+        **environment,
+    )
+    yield started
+    if started.child.poll() is None:
+        started.child.kill()  # which ends its children too
+    started.child.wait()
+
+
+async def count(http: aiohttp.ClientSession, process: Process, what: str) -> float:
+    async with http.get(process.metrics_url + "/metrics") as response:
+        return sum(float(line.split()[-1]) for line in (await response.text()).splitlines() if line.startswith(what))
+
+
+async def test_several_processes_share_the_ports_and_their_metrics(three: Process) -> None:
+    await three.wait_until_up()
+    sources = set()
+    asked = 0
+    tokens = []
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http, asyncio.timeout(60):
+        while len(sources) < 3:  # the kernel deals them out by a hash
+            async with http.post(three.url + "/v1/chat/completions", json=HELLO) as response:
+                assert response.status == 200
+                tokens.append(response.headers["X-Thumbwheel-Feedback-Token"])
+            asked += 1
+            log = EmbeddedLog(three.spool_path)
+            values = [r.value for p in range(log.partitions) for r in log.read("thumbwheel.responses", p, 0, 10_000)]
+            log.close()
+            sources = {json.loads(value)["source"] for value in values}
+        assert sources == {f"thumbwheel/gateway/gateway-1-{number}" for number in range(3)}
+        for _ in range(5):  # whichever answers
+            assert await count(http, three, "thumbwheel_gateway_requests_total") == asked
+        for token in tokens:  # whichever signed it
+            async with http.post(three.url + "/v1/feedback", json={"value": "up", "token": token}) as response:
+                assert response.status == 202
+        three.child.send_signal(signal.SIGTERM)
+        assert await three.wait_until_ended() == 0
+    assert len(read_spool(three.spool_path)[0]) == asked
+    assert not list(three.spool_path.parent.glob("journal-*"))
+
+
+async def test_a_process_that_dies_is_started_again_and_all_end_with_the_first(three: Process) -> None:
+    await three.wait_until_up()
+    async with asyncio.timeout(60):
+        while len(before := children_of(three.child.pid)) < 3:
+            await asyncio.sleep(0.02)
+        os.kill(min(before), signal.SIGKILL)
+        while len(after := children_of(three.child.pid)) < 3 or after == before:
+            await asyncio.sleep(0.02)
+        assert before - after == {min(before)}
+        three.child.kill()
+        while any(Path(f"/proc/{pid}/status").exists() for pid in after):
+            await asyncio.sleep(0.02)

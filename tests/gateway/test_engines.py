@@ -1,0 +1,192 @@
+"""Engines that are many, slow, or die; and what is bounded on the way to them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from services.gateway import engines
+from tests.gateway.conftest import HELLO, Gateway, StartGateway, serve
+from tests.stub_engine import StubEngine, create_stub
+
+Stub = tuple[StubEngine, str]
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def replica(answer: Answer, port: int = 0) -> tuple[web.AppRunner, str]:
+    """An engine that is healthy, and answers a chat as the test says."""
+
+    async def health(_: web.Request) -> web.Response:
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    app.router.add_get("/health", health)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
+    return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+
+# --- bounds ----------------------------------------------------------------------------------------------------------
+
+
+async def test_more_than_aiohttps_hundred_connections_are_open_upstream(start: StartGateway) -> None:
+    all_there = asyncio.Barrier(150)
+
+    async def answer(_: web.Request) -> web.Response:
+        await all_there.wait()
+        return web.json_response({"choices": []})
+
+    runner, url = await replica(answer)
+    gateway = await start(engine={"urls": [url]})
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as gateway.http, asyncio.timeout(30):
+        answers = await asyncio.gather(*(gateway.chat() for _ in range(150)))
+    assert {status for status, _, _ in answers} == {200}
+    await runner.cleanup()
+
+
+async def test_an_answer_may_take_longer_than_aiohttps_300_seconds(start: StartGateway) -> None:
+    gateway = await start(engine={"request_timeout_s": 1234})
+    assert gateway.parts.engines._session.timeout.total == 1234
+
+
+async def test_above_the_bound_requests_are_a_503_at_once(start: StartGateway, stub: Stub) -> None:
+    gateway = await start(max_open_requests=2)
+    ask = HELLO | {"stream": True, "stub": {"chunks": 5, "fault": "stall"}}
+    async with (
+        gateway.http.post(gateway.url + "/v1/chat/completions", json=ask) as one,
+        gateway.http.post(gateway.url + "/v1/completions", json=ask | {"prompt": "x"}) as other,
+    ):
+        assert (one.status, other.status) == (200, 200)
+        for path in ("/v1/chat/completions", "/v1/completions", "/tokenize"):
+            status, body, response = await gateway.post(path, HELLO)
+            assert (status, body["error"]["code"], response.headers["Retry-After"]) == (503, "overloaded", "1")
+        # What is no load for the engine is taken as before.
+        assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202
+        assert len(stub[0].requests) == 2
+        one.close()
+        other.close()
+    async with asyncio.timeout(5):
+        while gateway.parts.open_requests:
+            await asyncio.sleep(0.01)
+    assert (await gateway.chat())[0] == 200
+
+
+async def test_every_503_says_when_to_try_again(start: StartGateway) -> None:
+    for engine in ({"urls": ["http://127.0.0.1:9"]}, {"request_timeout_s": 0.2}):
+        gateway = await start(engine=engine)
+        for ask in ({"stub": {"fault": "slow"}}, {"stub": {"fault": "slow"}, "stream": True}):
+            status, _, response = await gateway.chat(**ask)
+            assert (status, response.headers["Retry-After"]) == (503, "1")
+
+
+# --- replicas --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stream", "sent"),
+    [(False, "nothing"), (False, "headers"), (False, "half a body"), (True, "nothing"), (True, "headers")],
+)
+async def test_an_engine_that_dies_before_the_first_byte_is_sent_fails_no_request(
+    start: StartGateway, stub: Stub, stream: bool, sent: str
+) -> None:
+    asked = 0
+
+    async def die(request: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        asked += 1
+        assert request.transport is not None
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream" if stream else "application/json"})
+        if sent != "nothing":
+            response.content_length = 1000
+            await response.prepare(request)
+        if sent == "half a body":
+            await response.write(b'{"id": "')
+        request.transport.close()
+        return response
+
+    runner, url = await replica(die)
+    gateway = await start(engine={"urls": [url, stub[1]]})
+    for _ in range(4):
+        assert (await gateway.chat(stream=stream))[0] == 200
+    assert asked > 0
+    assert {replica.open_requests for replica in gateway.parts.engines.replicas} == {0}
+    assert len(gateway.responses()) == 4
+    await runner.cleanup()
+
+
+async def test_a_dead_replica_is_taken_out_and_back_without_a_failed_request(
+    start: StartGateway, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "HEALTH_EVERY_S", 0.05)
+    other = StubEngine()
+    runner, url = await serve(create_stub(other))
+    port = runner.addresses[0][1]
+    gateway = await start(engine={"urls": [url, stub[1]]})
+    first, second = gateway.parts.engines.replicas
+    statuses: list[int] = []
+    stop = asyncio.Event()
+
+    async def chat() -> None:
+        while not stop.is_set():
+            statuses.append((await gateway.chat())[0])
+
+    async def until(is_there: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not is_there():
+                await asyncio.sleep(0.01)
+
+    chats = [asyncio.create_task(chat()) for _ in range(4)]
+    await until(lambda: len(other.requests) > 10)
+    await runner.cleanup()
+    await until(lambda: not first.is_up)
+    assert gateway.parts.engines.is_up
+    at = len(stub[0].requests)
+    await until(lambda: len(stub[0].requests) > at + 20)
+    again = StubEngine()
+    runner = web.AppRunner(create_stub(again), access_log=None, handler_cancellation=True)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
+    await until(lambda: len(again.requests) > 10)
+    assert first.is_up
+    assert second.is_up
+    stop.set()
+    await asyncio.gather(*chats)
+    assert set(statuses) == {200}
+    await runner.cleanup()
+
+
+async def test_an_engine_that_is_ill_gets_no_requests(
+    start: StartGateway, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "HEALTH_EVERY_S", 0.05)
+    is_well = True
+    asked: list[Any] = []
+
+    async def health(_: web.Request) -> web.Response:
+        return web.Response(status=200 if is_well else 503)
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request)
+        return web.json_response({"choices": []})
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    app.router.add_get("/health", health)
+    runner, url = await serve(app)
+    gateway: Gateway = await start(engine={"urls": [url, stub[1]]})
+    is_well = False
+    async with asyncio.timeout(5):
+        while gateway.parts.engines.replicas[0].is_up:
+            await asyncio.sleep(0.01)
+    asked.clear()
+    for _ in range(5):
+        assert (await gateway.chat())[0] == 200
+    assert asked == []
+    await runner.cleanup()
