@@ -33,7 +33,7 @@ TOOL_ARGS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 
 
 class EngineFirst(LoadScopeScheduling):
-    """For `-n 2`: one worker keeps the real engine, and begins with it; the other takes file after file."""
+    """One worker keeps the real engine, and begins with it; the others take file after file."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
