@@ -31,7 +31,7 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 
 test: lint ## lint and every test, the real vLLM included
 	@deploy/install.sh debian postgres chromium promtool
-	@$(BIN)/pytest -q --durations=15 -n 3 --dist loadscope --no-loadscope-reorder
+	@$(BIN)/pytest -q --durations=15 -n 2 --dist loadscope --no-loadscope-reorder
 
 torture: $(INSTALLED) ## 100 faults against Kafka, Postgres, gateways and joiners; one JSON line
 	@deploy/install.sh debian postgres

@@ -227,7 +227,7 @@ async def test_garbage_is_passed_on_and_costs_only_its_event(gateway: Gateway) -
 
 
 async def test_an_app_that_stops_reading_is_given_up(start: StartGateway, stub: Stub) -> None:
-    gateway = await start(engine={"request_timeout_s": 1.0})
+    gateway = await start(engine={"request_timeout_s": 3.0})
     ask = HELLO | {"stream": True, "stub": {"chunks": 300, "padding": 100_000}}
     async with gateway.http.post(gateway.url + "/v1/chat/completions", json=ask) as response:
         assert response.status == 200
