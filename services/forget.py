@@ -80,7 +80,10 @@ def _erase_snapshots(folder: Path, store: Engine, erased: Erased, now_ms: int) -
 
 
 def _has_rows(file: Path, erased: Erased) -> bool:
-    for batch in pq.ParquetFile(file).iter_batches(columns=["example_id", "raters"]):
+    rows = pq.ParquetFile(file)
+    if "raters" not in rows.schema_arrow.names:  # of an older version: nothing in it tells whose it is
+        return True
+    for batch in rows.iter_batches(columns=["example_id", "raters"]):
         for row in batch.to_pylist():
             response_id = row["example_id"].partition("/")[0]
             if response_id in erased.responses or any(map(erased.has_voter, row["raters"] or ())):

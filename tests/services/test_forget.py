@@ -10,12 +10,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
 from pydantic import SecretStr
 from sqlalchemy import Engine
 from typer.testing import CliRunner
 
+from loop.erasure import Erased
 from loop.events import Choice, FeedbackGiven, ResponseLogged, encode, hash_rater
 from loop.join import read_batch
 from loop.kto.cache import ReferenceCache
@@ -29,7 +32,7 @@ from loop.store.joining import Reader, apply
 from loop.store.runs import drop_lease, take_lease
 from services import forget as forgetting
 from services.cli import app
-from services.forget import forget
+from services.forget import _has_rows, forget
 from services.gateway.journal import Journal, left_in
 
 NOW_MS = int(datetime.now(UTC).timestamp() * 1000)
@@ -253,3 +256,9 @@ def test_the_command_names_who_by_the_apps_own_id(machine: Machine) -> None:
         (("--response", "nonsense"), "'nonsense' was not minted"),
     ):
         assert said in str(run(*arguments).exception)
+
+
+def test_a_snapshot_that_does_not_tell_its_raters_is_taken_for_theirs(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"example_id": ["chatcmpl-x/0"]}), file)
+    assert _has_rows(file, Erased.of([("user", "somebody")]))
