@@ -20,10 +20,11 @@ from loop.settings import LogSettings, Settings, StoreSettings
 from loop.store import open_store
 from loop.store.joining import Reader, read_positions
 from services.gateway.forward import forwarding
+from tests.conftest import wait_until
 from tests.join.joined import examples_in, is_joined
 from tests.join.oracle import examples_of
 from tests.join.traffic import colliding_events
-from tests.joiner.test_joiner import Start, on_topics_of, start, wait_until  # noqa: F401
+from tests.joiner.test_joiner import Start, on_topics_of, start  # noqa: F401
 from tests.services_real import RealKafka
 
 pytestmark = [

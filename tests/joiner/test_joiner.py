@@ -25,7 +25,7 @@ from loop.log.kafka import SESSION_TIMEOUT_S
 from loop.log.open import open_log
 from loop.settings import LogSettings, Settings, StoreSettings
 from loop.store import open_store
-from tests.conftest import free_port
+from tests.conftest import free_port, wait_until
 from tests.join.joined import examples_in, is_joined
 from tests.join.oracle import examples_of
 from tests.join.traffic import RESPONSES, START_MS, colliding_events, feedback, response, response_id
@@ -97,13 +97,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
         if joiner.process.poll() is None:
             joiner.signal(signal.SIGKILL)
     gc.collect()  # kafka-python leaves sockets of its attempts to connect; so that they are not a later test's
-
-
-def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, f"not {what} within {seconds} s"
-        time.sleep(0.05)  # how often we look, within the deadline
 
 
 def embedded(folder: Path) -> Settings:

@@ -7,10 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from loop.rollout.swap import open_fleet
 from loop.settings import SchedulerSettings, Settings
 from loop.store import open_store
 from loop.store.runs import get_run, request_run
-from tests.conftest import free_port
+from tests.conftest import free_port, wait_until
 from tests.services_real import RealPostgres
 
 
@@ -32,13 +31,6 @@ def server(postgres: RealPostgres) -> Iterator[RealPostgres]:
     yield postgres
     if not (postgres.folder / "data" / "postmaster.pid").exists():
         postgres.start()
-
-
-def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, f"not {what} within {seconds} s"
-        time.sleep(0.05)  # how often we look, within the deadline
 
 
 def status(url: str) -> int:
