@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import logging
 import signal
 from collections.abc import Iterator, Sequence
 from itertools import starmap
@@ -27,10 +25,7 @@ from tests.join.traffic import colliding_events
 from tests.joiner.test_joiner import Start, on_topics_of, start  # noqa: F401
 from tests.services_real import RealKafka
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
-    pytest.mark.timeout(240),
-]
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +43,6 @@ def brokers(apache_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     yield first, second
     for broker in (second, first):
         broker.stop(kill=True)
-
-
-@pytest.fixture(autouse=True)
-def sockets_are_collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """kafka-python leaves those of its connection attempts to the garbage collector: not to a later test's. So pytest
-    must not keep its log records, which have them too.
-    """
-    monkeypatch.setattr(logging.getLogger("kafka"), "propagate", False)
-    yield
-    gc.collect()
 
 
 def read_all(log: EventLog, settings: LogSettings, number: int) -> list[Record]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import signal
@@ -20,7 +19,7 @@ from pydantic import SecretStr
 from sqlalchemy import Engine, inspect
 from sqlalchemy.exc import OperationalError
 
-from loop.log import EventLog, LogUnavailableError, NewRecord
+from loop.log import NewRecord
 from loop.log.kafka import SESSION_TIMEOUT_S
 from loop.log.open import open_log
 from loop.settings import LogSettings, Settings, StoreSettings
@@ -30,8 +29,6 @@ from tests.join.joined import examples_in, is_joined
 from tests.join.oracle import examples_of
 from tests.join.traffic import RESPONSES, START_MS, colliding_events, feedback, response, response_id
 from tests.services_real import RealKafka, RealPostgres
-
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
 
 class Process:
@@ -96,7 +93,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for joiner in started:
         if joiner.process.poll() is None:
             joiner.signal(signal.SIGKILL)
-    gc.collect()  # kafka-python leaves sockets of its attempts to connect; so that they are not a later test's
 
 
 def embedded(folder: Path) -> Settings:
@@ -239,14 +235,6 @@ def test_what_is_away_at_the_start_is_waited_for(start: Start, postgres: RealPos
     assert joiner.signal(signal.SIGTERM) == 0
 
 
-def is_joined_as_far_as_seen(store: Engine, log: EventLog, settings: Settings) -> bool:
-    """`is_joined`; not, as far as one knows, while the brokers that were just started do not answer everybody yet."""
-    try:
-        return is_joined(store, log, settings)
-    except LogUnavailableError:
-        return False
-
-
 def test_brokers_that_are_away_are_waited_for(start: Start, apache_kafka: RealKafka, tmp_path: Path) -> None:
     settings = Settings(log=apache_kafka.settings(), store=embedded(tmp_path).store)
     events = on_topics_of(settings, colliding_events(12, 400))
@@ -264,7 +252,7 @@ def test_brokers_that_are_away_are_waited_for(start: Start, apache_kafka: RealKa
     apache_kafka.start()
     log.append(events[200:])
     wait_until(lambda: joiner.metric(log_up) == 1, "shown as up again")
-    wait_until(lambda: is_joined_as_far_as_seen(store, log, settings), "joined the rest")
+    wait_until(lambda: is_joined(store, log, settings), "joined the rest")
     assert examples_in(store) == examples_of(events, settings.log.responses_topic)
     assert joiner.signal(signal.SIGTERM) == 0
     log.close()

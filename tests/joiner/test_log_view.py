@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -27,8 +26,6 @@ from services.joiner import Joiner
 from tests.join.traffic import START_MS, feedback, response, response_id
 
 # kafka-python leaves sockets of its connection attempts to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-
 ID = response_id("a" * 16, 1)
 
 
@@ -47,7 +44,6 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EventLog]]:
     yield store, log
     log.close()
     store.dispose()
-    gc.collect()  # so that those warnings are not some later test's
 
 
 def join_all(settings: Settings, store: Engine, log: EventLog) -> None:

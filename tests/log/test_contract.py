@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,6 @@ from loop.log.partition import partition_of
 from loop.settings import LogSettings
 
 # kafka-python leaves sockets of its connection attempts to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-
 KEYS = [f"{n:016x}" for n in range(40)]
 Open = Callable[[], EventLog]
 
@@ -42,7 +39,6 @@ def log(settings: LogSettings) -> Iterator[EventLog]:
     opened = open_log(settings)
     yield opened
     opened.close()
-    gc.collect()  # so that those warnings are not some later test's
 
 
 def read_until(consumer: Consumer, is_enough: Callable[[list[Record]], bool], seconds: float = 30.0) -> list[Record]:
@@ -189,4 +185,3 @@ def test_a_rejoin_that_outlasts_a_poll_is_finished_by_the_next_ones(kafka: Any) 
     assert consumer.assigned() == set(range(settings.partitions))
     consumer.close()
     log.close()
-    gc.collect()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import subprocess
@@ -20,15 +19,6 @@ from loop.log.open import open_log
 from loop.log.partition import partition_of
 from loop.settings import LogSettings
 from tests.services_real import RealKafka
-
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-
-
-@pytest.fixture(autouse=True)
-def sockets_are_collected() -> Iterator[None]:
-    """kafka-python leaves those of its connection attempts to the garbage collector: not to a later test's."""
-    yield
-    gc.collect()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,6 @@ from loop.log import LogUnavailableError, NewRecord
 from loop.log.open import open_log
 from loop.settings import LogSettings
 from tests.services_real import RealKafka, free_ports
-
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
 PROTOCOLS = ("SASL_PLAINTEXT", "SASL_SSL", "SSL")
 MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
@@ -45,7 +42,6 @@ def broker(apache_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     started.start()
     yield started
     started.stop()
-    gc.collect()  # kafka-python leaves sockets of its connection attempts: not to a later test's
 
 
 def make_certificates(folder: Path, *names: str) -> None:
