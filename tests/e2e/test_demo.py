@@ -95,11 +95,11 @@ def flip_votes(honest: Path, flipped: Path) -> None:
 def flipped(
     demo: tuple[Path, dict[str, Any]], settings: Settings, engine: RealEngine, tmp_path: Path
 ) -> Iterator[Path]:
-    """An adapter trained for two of the demo's epochs, on the same votes turned around, and loaded into the engine."""
+    """An adapter trained for one of the demo's epochs, on the same votes turned around, and loaded into the engine."""
     (snapshot,) = (demo[0] / "snapshots").iterdir()
     flip_votes(snapshot / "train.parquet", tmp_path / "train.parquet")
     adapter = tmp_path / "adapter"
-    shorter = settings.train.model_copy(update={"num_train_epochs": 2})
+    shorter = settings.train.model_copy(update={"num_train_epochs": 1})
     train(shorter, tmp_path / "train.parquet", settings.engine.model, adapter)
     Replica(engine.url).load("support@flipped", adapter)
     yield adapter
@@ -110,7 +110,7 @@ def test_flipped_votes_make_it_worse_and_the_gate_refuses(
     demo: tuple[Path, dict[str, Any]], settings: Settings, engine: RealEngine, flipped: Path
 ) -> None:
     async def served(model: str) -> dict[str, float]:
-        figures, answers = await measure.measure_served(engine.url + "/v1", model=model, quiet=True)
+        figures, answers = await measure.measure_served(engine.url + "/v1", model=model, count=216, quiet=True)
         assert answers.failures == []
         return figures | {"mean_length_words": statistics.fmean(len(reply.split()) for reply in answers.replies)}
 
