@@ -10,11 +10,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 PACKED_ATTENTION = "thumbwheel_packed"
@@ -43,6 +45,8 @@ class Layout:
     """By layer, where this pass leaves its own keys and values, detached, for a later one."""
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     """Masks made so far; every layer needs the same few."""
+    bounds: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    """Where each of some lengths, end to end, begins, and where the last one ends: likewise."""
 
     def context(
         self, segment: Segment, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]
@@ -81,14 +85,61 @@ def packed_attention(
     # One split and one concatenation: slices of the whole would each pad their gradient to the whole pack.
     lengths = [segment.stop - segment.start for segment in layout.segments]
     queries, keys, values = (torch.split(x, lengths, 2) for x in (query, key, value))
-    outputs = []
-    for segment, q, k, v in zip(layout.segments, queries, keys, values, strict=True):
+    seen: list[KeysValues] = []
+    for segment, k, v in zip(layout.segments, keys, values, strict=True):
         if segment.context:
             before = layout.context(segment, layer, keys, values)
             k, v = torch.cat([*(own for own, _ in before), k], 2), torch.cat([*(own for _, own in before), v], 2)
+        seen.append((k, v))
+    if softcap is None and has_varlen_kernel(query):
+        return _attend_at_once(query, seen, lengths, layout, scaling, sliding_window), None
+    outputs = []
+    for q, (k, v) in zip(queries, seen, strict=True):
         window = sliding_window if sliding_window is not None and sliding_window < k.shape[2] else None
         outputs.append(_attend(q, k, v, layout, scaling, window, softcap))
     return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def has_varlen_kernel(query: Tensor) -> bool:
+    """Whether FlashAttention takes it: 16 bits, heads of at most 256, a CUDA device from Ampere on."""
+    is_fitting = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    return is_fitting and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _attend_at_once(
+    query: Tensor,
+    seen: Sequence[KeysValues],
+    lengths: Sequence[int],
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """One launch for all segments. Its causal mask, like ours, has each segment's last query at its last key."""
+    keys, values = zip(*seen, strict=True)
+    key_lengths = [k.shape[2] for k in keys]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, torch.cat(keys, 2), torch.cat(values, 2)))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        _bounds(layout, lengths, q.device),
+        _bounds(layout, key_lengths, q.device),
+        max(lengths),
+        max(key_lengths),
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
+    return out[None]
+
+
+def _bounds(layout: Layout, lengths: Sequence[int], device: torch.device) -> Tensor:
+    """[segments + 1] int32."""
+    of = tuple(lengths)
+    if of not in layout.bounds:
+        layout.bounds[of] = torch.tensor([0, *accumulate(of)], dtype=torch.int32, device=device)
+    return layout.bounds[of]
 
 
 def _attend(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loop.kto import logps
+from loop.kto import attention, logps
 from loop.kto.attention import PACKED_ATTENTION
 from loop.kto.batch import mismatched_logps, policy_and_mismatched_logps, policy_logps
 from loop.kto.pack import Prompted, pack, packs_of
@@ -53,6 +53,71 @@ def test_packed_log_probs_and_gradients_are_those_of_each_row_alone(
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         assert relative(gradient, expected_gradients[name]) < 1e-5, name
+
+
+def varlen_by_hand(
+    q: Tensor,  # [tokens, heads, head size]
+    k: Tensor,
+    v: Tensor,
+    q_bounds: Tensor,
+    k_bounds: Tensor,
+    longest_q: int,
+    longest_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` computes, which there is on CUDA only."""
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    assert [longest_q, longest_k] == [int(bounds.diff().max()) for bounds in (q_bounds, k_bounds)]
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    (left, right), found = window_size, []
+    for q_range, k_range in zip(q_bounds.unfold(0, 2, 1), k_bounds.unfold(0, 2, 1), strict=True):
+        queries, keys, values = q[slice(*q_range)], k[slice(*k_range)], v[slice(*k_range)]
+        at = torch.arange(len(queries))[:, None] + len(keys) - len(queries)
+        apart = at - torch.arange(len(keys))
+        is_seen = (apart >= -right) & (apart <= (left if left >= 0 else len(keys)))
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * (scale or q.shape[2] ** -0.5)
+        weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+        found.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma3"])
+def test_one_launch_for_all_segments_gives_what_one_for_each_gives(
+    kind: str,
+    lora_model: Callable[..., Any],
+    make_rows: Callable[..., list[Row]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, rows = lora_model(kind), make_rows(6)
+    others = [rows[index - 1].completion_ids for index in range(len(rows))]
+
+    def scored() -> tuple[Tensor, dict[str, Tensor]]:
+        own, mismatched = policy_and_mismatched_logps(model, rows, others)
+        own.sum().backward()
+        return torch.cat([own.detach(), mismatched]), lora_gradients(model)
+
+    expected, expected_gradients = scored()
+    launches: list[int] = []
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda query: not launches.append(len(query)))
+    monkeypatch.setattr(attention, "varlen_attn", varlen_by_hand)
+    found, gradients = scored()
+    assert launches
+    assert relative(found, expected) < 1e-6
+    for name, gradient in gradients.items():
+        assert relative(gradient, expected_gradients[name]) < 1e-5, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention's kernels need CUDA")
+def test_the_kernel_for_lengths_that_vary_agrees_with_a_launch_for_each(
+    lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = lora_model("mistral").to("cuda", torch.bfloat16), make_rows(6)
+    at_once = policy_logps(model, rows)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda query: False)
+    assert relative(at_once, policy_logps(model, rows)) < 1e-2  # of 8 bits of mantissa
 
 
 @pytest.mark.parametrize("kind", KINDS)
