@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine
@@ -26,6 +27,9 @@ from services.up import engine_command
 # Tests and the engine share the cores: threads that spin while they wait for their siblings would stop both.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nor may a test fail because its first example had to wait for a core.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "deploy" / "demo" / "model"
 CPU_ARGS = ["--dtype", "float32", "--enforce-eager"]

@@ -177,7 +177,7 @@ def test_flipped_votes_fail() -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_candidate_that_guesses_does_not_pass(seed: int) -> None:
     rng = np.random.default_rng(seed)
     seen = held_out(300, 40, 140)

@@ -113,7 +113,7 @@ def units(rows: list[dict[str, Any]], table: list[Any]) -> tuple[set[str], set[s
 
 
 @given(messy)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_nothing_of_a_held_out_unit_is_trained_on(drawn: list[dict[str, Any]]) -> None:
     rows = rows_of(drawn)
     _, train, held_out = snapshot_of(rows)
@@ -139,7 +139,7 @@ def prompt_is_held_out(prompt: str, rows: list[dict[str, Any]]) -> bool:
 
 
 @given(st.lists(messy, min_size=2, max_size=3))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 def test_what_was_held_out_stays_held_out_as_data_grows(nights: list[list[dict[str, Any]]]) -> None:
     rows: list[dict[str, Any]] = []
     held_ids: set[str] = set()
@@ -188,7 +188,7 @@ def test_where_clusters_merge_held_out_wins() -> None:
 
 
 @given(messy, st.randoms(use_true_random=False))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 def test_the_same_examples_in_any_order_give_the_same_snapshot(drawn: list[dict[str, Any]], rng: random.Random) -> None:
     rows = rows_of(drawn)
     shuffled = rng.sample(rows, len(rows))
@@ -332,7 +332,7 @@ def test_a_correction_comes_and_goes_with_its_vote(store: Engine, tmp_path: Path
 
 
 @given(messy, st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_every_standing_vote_has_one_correction_at_most(drawn: list[dict[str, Any]], data: Any) -> None:
     rows = rows_of(drawn)
     expected = set()
@@ -372,7 +372,7 @@ def test_caps_keep_the_newest_and_bind_training_only() -> None:
 
 
 @given(st.integers(1, 60), st.integers(1, 60))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_weights_bring_the_classes_into_the_papers_range(ups: int, downs: int) -> None:
     values = ["up"] * ups + ["down"] * downs
     made, train, _ = snapshot_of(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loop.snapshot.balance import class_weights
@@ -130,7 +130,6 @@ def same_partition(a: list[int], b: list[int]) -> bool:
 
 
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=6), max_size=25), st.sampled_from([0.5, 0.8, 1.0]))
-@settings(deadline=None)
 def test_clusters_never_join_what_is_not_connected(texts: list[list[str]], similarity: float) -> None:
     expected = by_definition(texts, similarity)
     for cluster in set(found := clusters_of(texts, similarity)):

@@ -128,7 +128,7 @@ def _one_response(events: list[NewRecord], random_: random.Random) -> str:
     return random_.choice(ids) if ids else ID
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32),
     size=st.integers(1, 60),
