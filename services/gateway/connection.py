@@ -25,11 +25,11 @@ class Connection(asyncio.Protocol):
         self.status = 0
         self.headers: list[tuple[str, str]] = []
         self._loop = asyncio.get_running_loop()
+        self._blocks: list[bytes] = []
+        self.on_body = self._blocks.append  # called for each chunk of a stream, so with nothing around it
         self._parser = HttpResponseParser(self)
         self._is_open = True
         self._is_complete = True
-        self._head_bytes = 0
-        self._blocks: list[bytes] = []
         self._waiting_bytes = 0
         self._is_paused = False
         self._error: Exception | None = None
@@ -38,7 +38,7 @@ class Connection(asyncio.Protocol):
     async def ask(self, head: bytes, body: bytes) -> None:
         """Send a request and wait for its answer's `status` and `headers`. Raises ConnectionError and GarbageError."""
         self._is_complete = False
-        self.status, self.headers, self._head_bytes = 0, [], 0
+        self.status, self.headers, self._waiting_bytes = 0, [], 0
         self._transport.writelines((head, body))
         while not self.status:
             await self._more()
@@ -88,16 +88,18 @@ class Connection(asyncio.Protocol):
         if self._is_complete:  # nobody has asked
             self.abort()
             return
+        self._waiting_bytes += len(data)
         try:
             self._parser.feed_data(data)
+            if not self.status and self._waiting_bytes > _MAX_HEAD_BYTES:
+                raise HttpParserError(f"headers of more than {_MAX_HEAD_BYTES} bytes")
         except (HttpParserError, HttpParserUpgrade) as exc:
             self._fail(GarbageError(str(exc.__context__ or exc)))
             self.abort()
-        if not self.status:
-            self._head_bytes += len(data)
-            if self._head_bytes > _MAX_HEAD_BYTES:
-                self._fail(GarbageError(f"headers of more than {_MAX_HEAD_BYTES} bytes"))
-                self.abort()
+        if self._waiting_bytes > _HIGH_WATER_BYTES and not self._is_paused:
+            self._is_paused = True
+            self._transport.pause_reading()
+        self._wake()
 
     def eof_received(self) -> None:
         self._is_open = False
@@ -123,21 +125,11 @@ class Connection(asyncio.Protocol):
             self.headers.clear()
         else:
             self.status = status
-            self._wake()
-
-    def on_body(self, block: bytes) -> None:
-        self._blocks.append(block)
-        self._waiting_bytes += len(block)
-        if self._waiting_bytes > _HIGH_WATER_BYTES and not self._is_paused:
-            self._is_paused = True
-            self._transport.pause_reading()
-        self._wake()
 
     def on_message_complete(self) -> None:
         if self.status:
             self._is_complete = True
             self._is_open = self._parser.should_keep_alive()
-            self._wake()
 
     def _fail(self, error: Exception) -> None:
         if self._error is None and not self._is_complete:
