@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from loop.log import LogUnavailableError, NewRecord, Record
@@ -25,7 +26,9 @@ from loop.log.file import NEXT_ID, OFFSET_BITS, next_id, open_file, read_slot, s
 from loop.log.groups import GroupConsumer
 from loop.log.partition import partition_of
 
-_INSERT = "INSERT INTO records (id, timestamp_ms, key, headers, value) VALUES (?, ?, ?, ?, ?)"
+_INSERT = "INSERT INTO records (id, timestamp_ms, key, headers, value) VALUES "
+_ROW = "(?, ?, ?, ?, ?)"
+_ROWS = 100  # of one statement: each gives the interpreter's lock away, which a busy event loop is slow to give back
 RETENTION_EVERY_S = 60.0
 RETENTION_ROWS = 1_000  # deleted in one transaction, so that appends do not wait for long
 
@@ -66,12 +69,16 @@ class EmbeddedLog:
         now_ms = int(time.time() * 1000)
         with self._transaction() as connection:
             next_ids: dict[int, int] = {}
+            rows: list[tuple[int, int, str, str | None, bytes]] = []
             for topic, key, value, headers in records:
                 slot = self._slot(connection, topic, key)
                 row_id = next_ids[slot] if slot in next_ids else next_id(connection, slot)
                 next_ids[slot] = row_id + 1
                 written = json.dumps(dict(headers)) if headers else None
-                connection.execute(_INSERT, (row_id, now_ms, key, written, value))
+                rows.append((row_id, now_ms, key, written, value))
+            for start in range(0, len(rows), _ROWS):
+                some = rows[start : start + _ROWS]
+                connection.execute(_INSERT + ", ".join([_ROW] * len(some)), list(chain.from_iterable(some)))
             for name, text in (meta or {}).items():
                 connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
         if self._retention_s is not None and time.monotonic() > self._next_retention:

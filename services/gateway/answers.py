@@ -20,8 +20,7 @@ _READ_EVERY_BYTES = 32 * 1024  # of a stream kept for the log before they are co
 
 _TOKEN_IDS = re.compile(rb'token_ids":\[[0-9, ]*\]')
 # A chunk that vLLM only sends because token ids were asked for: no text yet (half a character, held-back stop string).
-_EMPTY_DELTA = b'"delta":{}'
-_CAUSED_BY_US = re.compile(rb'"delta":\{\},"logprobs":null,"finish_reason":null,"token_ids":')
+_CAUSED_BY_US = b'"delta":{},"logprobs":null,"finish_reason":null,"token_ids":'
 
 
 class _TokenLogprob(msgspec.Struct, gc=False):
@@ -81,8 +80,8 @@ class Rename:
     def answer(self, body: bytes) -> bytes:
         """A JSON answer, or whole events of a stream, as the app would have got them from the engine itself."""
         if self._strip:
-            if _EMPTY_DELTA in body:
-                body = b"\n\n".join(event for event in body.split(b"\n\n") if not _CAUSED_BY_US.search(event))
+            if _CAUSED_BY_US in body:
+                body = b"\n\n".join([event for event in body.split(b"\n\n") if _CAUSED_BY_US not in event])
             body = _TOKEN_IDS.sub(b'token_ids":null', body)
         return body if self._old == self._new else body.replace(self._old, self._new)
 

@@ -222,7 +222,7 @@ def _parts(settings: Settings) -> Callable[[web.Application], AsyncIterator[None
                 with suppress(asyncio.CancelledError):
                     await task
             await routes.close()
-            await engines.close()
+            engines.close()
             await spool.close()
         log.close()
 

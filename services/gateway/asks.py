@@ -117,7 +117,11 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
 def read_trace(headers: Mapping[str, str]) -> dict[str, str]:
     """The W3C trace context, to be passed on; what cannot be one is left out, as that standard says."""
     found = ((name, headers.get(name, "")) for name in ("traceparent", "tracestate"))
-    return {name: value for name, value in found if value and len(value) <= MAX_TRACE_CHARS and value.isascii()}
+    return {
+        name: value
+        for name, value in found
+        if value and len(value) <= MAX_TRACE_CHARS and value.isascii() and value.isprintable()
+    }
 
 
 def read_fields(body: bytes) -> dict[str, Raw]:

@@ -1,18 +1,15 @@
-"""The engine's replicas, as the gateway's HTTP client sees them: which one takes a request, and which are up."""
+"""The engine's replicas: which one takes a request, which are up, and the connections to them that wait."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
 import logging
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-
-import aiohttp
-from yarl import URL
+import time
+from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 from loop.settings import EngineSettings
+from services.gateway.connection import Connection, GarbageError
 from services.gateway.errors import Refusal
 
 HEALTH_EVERY_S = 1.0
@@ -20,71 +17,108 @@ HEALTH_TIMEOUT_S = 2.0
 RETRY_AFTER_S = 1
 # Uvicorn closes idle connections after 5 s: one that we might find closed is better not used any more.
 IDLE_CONNECTION_S = 4.0
-_LARGE_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
 class Replica:
-    """One engine server."""
+    """One engine server, and the connections to it that wait for a request, the freshest last."""
 
-    url: str
-    open_requests: int = 0
-    is_up: bool = True
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.open_requests = 0
+        self.is_up = True
+        self._idle: list[tuple[float, Connection]] = []
+        parts = urlsplit(url)
+        self.host = parts.netloc.rpartition("@")[2]
+        self.base_path = parts.path.rstrip("/")
+        self._is_tls = parts.scheme == "https"
+        self._address = parts.hostname or "", parts.port or (443 if self._is_tls else 80)
+
+    def take(self) -> Connection | None:
+        """A connection that waits, if there is one."""
+        while self._idle:
+            since_s, connection = self._idle.pop()
+            if connection.is_idle and time.monotonic() - since_s < IDLE_CONNECTION_S:
+                return connection
+            connection.abort()
+        return None
+
+    def give_back(self, connection: Connection) -> None:
+        """For the next request; hangs up where the answer was not read to its end, which ends the request."""
+        if connection.is_idle:
+            self._idle.append((time.monotonic(), connection))
+        else:
+            connection.abort()
+
+    async def connect(self, timeout_s: float) -> Connection:
+        """A new connection. Raises ConnectionError."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    Connection, *self._address, ssl=self._is_tls or None
+                )
+        except OSError as exc:  # TimeoutError among them
+            raise ConnectionError(f"{self.url} cannot be reached: {exc}") from exc
+        return connection
+
+    def prune(self, idle_s: float) -> None:
+        """Hang up what has waited for so long."""
+        while self._idle and time.monotonic() - self._idle[0][0] >= idle_s:
+            self._idle.pop(0)[1].abort()
 
 
-@dataclass(slots=True)
 class Answer:
-    """An engine's answer from its first byte on: `first` is all of the body, unless there is a `rest` to stream."""
+    """An engine's answer from its first byte on: `first` is all of the body, unless it `is_stream`.
 
-    status: int
-    headers: Mapping[str, str]
-    first: bytes
-    rest: aiohttp.StreamReader | None
+    To be used in a `with`: leaving that early ends the request upstream.
+    """
+
+    def __init__(self, replica: Replica, connection: Connection, deadline_s: float, first: bytes, *, is_stream: bool):
+        self.status = connection.status
+        self.headers = connection.headers
+        self.first = first
+        self.is_stream = is_stream
+        self.deadline_s = deadline_s
+        """When the request's time is over, by the event loop's clock."""
+        self.read = connection.read
+        self._replica = replica
+        self._connection = connection
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._replica.open_requests -= 1
+        self._replica.give_back(self._connection)
 
 
 class Engines:
-    """A connection pool over the replicas. Nothing is limited here but time: `Parts.admit` bounds the requests."""
+    """The replicas. Nothing is limited here but time: `Parts.admit` bounds the requests."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.replicas = [Replica(url.rstrip("/")) for url in settings.urls]
-        self._headers = {"Content-Type": "application/json"}
+        self._fixed = "Content-Type: application/json\r\n"
         if settings.api_key is not None:
-            self._headers["Authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
+            self._fixed += f"Authorization: Bearer {settings.api_key.get_secret_value()}\r\n"
         self._timeout_s = settings.request_timeout_s
-        self._session = aiohttp.ClientSession(
-            # aiohttp's own defaults are 100 connections and 300 s for a whole answer.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S),
-            timeout=aiohttp.ClientTimeout(total=settings.request_timeout_s, sock_connect=settings.connect_timeout_s),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),  # a compressed answer could not be read
-            auto_decompress=False,
-        )
+        self._connect_timeout_s = settings.connect_timeout_s
 
     @property
     def is_up(self) -> bool:
         """Whether any replica takes requests."""
         return any(replica.is_up for replica in self.replicas)
 
-    @contextlib.asynccontextmanager
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[Answer]:
-        """The answer of the least loaded replica; leaving early ends the request upstream.
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        """The answer of the least loaded replica. One that fails before the first byte is left for another one.
 
-        A replica that fails before the first byte is left for another one. Raises Refusal 502 or 503.
+        Raises Refusal 502 or 503.
         """
-        replica, response, answer = await self._send("POST", path, body, headers)
-        try:
-            yield answer
-        finally:
-            replica.open_requests -= 1
-            response.close()  # a connection whose body was read to its end is back in the pool already
+        return await self._send("POST", path, body, headers)
 
     async def get(self, path: str) -> Answer:
-        """A small answer. Raises Refusal 502 or 503."""
-        replica, _, answer = await self._send("GET", path, None, {})
-        replica.open_requests -= 1
-        return answer
+        """The same for a GET."""
+        return await self._send("GET", path, b"", {})
 
     async def watch(self) -> None:
         """Look after the replicas' health for ever."""
@@ -92,64 +126,77 @@ class Engines:
             await asyncio.gather(*map(self._check, self.replicas))
             await asyncio.sleep(HEALTH_EVERY_S)
 
-    async def close(self) -> None:
-        await self._session.close()
+    def close(self) -> None:
+        """Hang up what waits."""
+        for replica in self.replicas:
+            replica.prune(0.0)
 
-    async def _send(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
-    ) -> tuple[Replica, aiohttp.ClientResponse, Answer]:
+    async def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
         tried: list[Replica] = []
-        # A single replica gets a second try too: a pooled connection may have been closed at that very moment.
-        for _ in range(max(2, len(self.replicas))):
-            replica = min(self.replicas, key=lambda r: (r in tried, not r.is_up, r.open_requests))
-            replica.open_requests += 1
-            try:
-                return replica, *await self._begin(method, URL(replica.url + path, encoded=True), body, headers)
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as exc:
-                replica.open_requests -= 1
-                tried.append(replica)
-                failure: Exception = exc
-                if isinstance(exc, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-                    self._mark(replica, False)
-            except TimeoutError as exc:
-                replica.open_requests -= 1
-                message = f"the engine did not answer within {self._timeout_s:g} s"
-                raise Refusal(503, message, code="engine_timeout", retry_after_s=RETRY_AFTER_S) from exc
-            except aiohttp.ClientError as exc:
-                replica.open_requests -= 1
-                raise Refusal(502, f"the engine's answer is not HTTP: {exc}", code="engine_failed") from exc
-            except BaseException:  # the client has left
-                replica.open_requests -= 1
-                raise
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                # A single replica gets a second try too: a pooled connection may have been closed at that very moment.
+                for _ in range(max(2, len(self.replicas))):
+                    replica = min(self.replicas, key=lambda r: (r in tried, not r.is_up, r.open_requests))
+                    head = self._head(replica, method, path, body, headers)
+                    try:
+                        return await self._ask(replica, head, body, deadline_s)
+                    except ConnectionError as exc:
+                        tried.append(replica)
+                        failure = exc
+        except TimeoutError as exc:
+            message = f"the engine did not answer within {self._timeout_s:g} s"
+            raise Refusal(503, message, code="engine_timeout", retry_after_s=RETRY_AFTER_S) from exc
+        except GarbageError as exc:
+            raise Refusal(502, f"the engine's answer is not HTTP: {exc}", code="engine_failed") from exc
         message = f"no engine takes requests now ({type(failure).__name__}); try again"
         raise Refusal(503, message, code="engine_unavailable", retry_after_s=RETRY_AFTER_S) from failure
 
-    async def _begin(
-        self, method: str, url: URL, body: bytes | None, headers: Mapping[str, str]
-    ) -> tuple[aiohttp.ClientResponse, Answer]:
+    async def _ask(self, replica: Replica, head: bytes, body: bytes, deadline_s: float) -> Answer:
         """The answer up to its first byte, for until then another replica can give it; all of it where the engine does
         not stream.
         """
-        # aiohttp sends large bytes at one go and warns of it; a file of them goes in pieces.
-        data = body if body is None or len(body) < _LARGE_BYTES else io.BytesIO(body)
-        response = await self._session.request(method, url, data=data, headers={**self._headers, **headers})
+        replica.open_requests += 1
+        connection = None
         try:
+            connection = replica.take() or await self._connect(replica)
+            await connection.ask(head, body)
             # The engine's own word on whether it streams: it is more lenient than we in what it takes for `true`.
-            if response.status == 200 and response.content_type == "text/event-stream":
-                first, rest = await response.content.readany(), response.content
-            else:
-                first, rest = await response.read(), None
-        except BaseException:
-            response.close()
+            is_stream = connection.status == 200 and connection.content_type == "text/event-stream"
+            first = await (connection.read() if is_stream else connection.read_all())
+            return Answer(replica, connection, deadline_s, first, is_stream=is_stream)
+        except BaseException:  # on cancellation too: the client has left
+            replica.open_requests -= 1
+            if connection is not None:
+                connection.abort()
             raise
-        return response, Answer(response.status, response.headers, first, rest)
+
+    def _head(self, replica: Replica, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+        given = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return (
+            f"{method} {replica.base_path}{path} HTTP/1.1\r\nHost: {replica.host}\r\n"
+            f"{self._fixed}{given}Content-Length: {len(body)}\r\n\r\n"
+        ).encode()
+
+    async def _connect(self, replica: Replica) -> Connection:
+        try:
+            return await replica.connect(self._connect_timeout_s)
+        except ConnectionError:
+            self._mark(replica, False)
+            raise
 
     async def _check(self, replica: Replica) -> None:
-        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        replica.prune(IDLE_CONNECTION_S)
         try:
-            async with self._session.get(replica.url + "/health", timeout=timeout) as response:
-                self._mark(replica, response.status == 200)
-        except (aiohttp.ClientError, TimeoutError):
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                connection = await replica.connect(HEALTH_TIMEOUT_S)
+                try:
+                    await connection.ask(self._head(replica, "GET", "/health", b"", {}), b"")
+                    self._mark(replica, connection.status == 200)
+                finally:
+                    connection.abort()
+        except (OSError, GarbageError):  # TimeoutError among them
             self._mark(replica, False)
 
     def _mark(self, replica: Replica, is_up: bool) -> None:

@@ -46,7 +46,6 @@ class Parts:
         settings = self.settings
         self.gateway = settings.gateway
         self.alias, self.base_name = settings.engine.alias, settings.engine.base_name
-        self.request_timeout_s = settings.engine.request_timeout_s
         self.responses_topic, self.feedback_topic = settings.log.responses_topic, settings.log.feedback_topic
         self.source = f"thumbwheel/gateway/{settings.gateway.gateway_id}"
         self.rater_salt = settings.gateway.rater_salt.get_secret_value().encode()

@@ -45,9 +45,9 @@ async def models(request: web.Request) -> web.Response:
     """GET /v1/models: the alias, described as the engine describes its base model."""
     parts = request.app[PARTS]
     await parts.check_key(request, "chat")
-    answer = await parts.engines.get("/v1/models")
-    if answer.status != 200:
-        return web.Response(body=answer.first, status=answer.status, content_type="application/json")
+    with await parts.engines.get("/v1/models") as answer:
+        if answer.status != 200:
+            return web.Response(body=answer.first, status=answer.status, content_type="application/json")
     try:
         listed: list[dict[str, Any]] = msgspec.json.decode(answer.first)["data"]
     except (msgspec.DecodeError, KeyError, TypeError) as exc:
@@ -68,9 +68,8 @@ async def pass_through(request: web.Request) -> web.Response:
         with parts.routes.use() as route:
             adapter = choose_arm(route, shown, "", caller, parts).adapter
             fields["model"] = msgspec.Raw(msgspec.json.encode(adapter))
-            async with parts.engines.post(
-                request.path, msgspec.json.encode(fields), read_trace(request.headers)
-            ) as answer:
+            sent = msgspec.json.encode(fields)
+            with await parts.engines.post(request.path, sent, read_trace(request.headers)) as answer:
                 body = Rename(adapter, shown or parts.alias, strip_token_ids=False).answer(answer.first)
                 return web.Response(body=body, status=answer.status, headers=relayed_headers(answer))
 
@@ -148,7 +147,7 @@ async def _ask_engine(request: web.Request, exchange: Exchange, caller: Caller, 
         with parts.routes.use() as route:
             arm = choose_arm(route, ask.model, ask.conversation_id, caller, parts)
             exchange.serve_by(arm, route.generation)
-            async with parts.engines.post(path, ask.upstream_body(arm.adapter), headers) as answer:
+            with await parts.engines.post(path, ask.upstream_body(arm.adapter), headers) as answer:
                 if answer.status != 404 or is_retried or arm.adapter == parts.base_name:
                     return await relay(request, answer, exchange, parts)
         is_retried = True

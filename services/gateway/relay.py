@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
 
 from loop import metrics
 from loop.log import NewRecord
 from services.gateway.answers import EventStream, Rename, Transcript
 from services.gateway.capture import Exchange, build_record
+from services.gateway.connection import GarbageError
 from services.gateway.engines import Answer
 from services.gateway.identity import Claim
 from services.gateway.parts import Parts
@@ -50,7 +51,7 @@ async def relay(request: web.Request, answer: Answer, exchange: Exchange, parts:
             parts.with_choices.put(exchange.key, None)
     # What the app did not ask for was asked for by us, in `Ask.upstream_body`.
     rename = Rename(exchange.adapter, exchange.shown_model, strip_token_ids=is_captured and not ask.wants_token_ids)
-    if answer.rest is not None:
+    if answer.is_stream:
         stream = EventStream(rename, Transcript() if is_captured else None)
         response = await _relay_stream(request, answer, exchange, parts, stream, headers)
     else:
@@ -63,13 +64,13 @@ async def relay(request: web.Request, answer: Answer, exchange: Exchange, parts:
     return response
 
 
-def relayed_headers(answer: Answer) -> dict[str, str]:
+def relayed_headers(answer: Answer) -> CIMultiDict[str]:
     """The engine's headers for the app; cross-origin rules are the gateway's own."""
-    return {
-        name: value
-        for name, value in answer.headers.items()
+    return CIMultiDict(
+        (name, value)
+        for name, value in answer.headers
         if (lower := name.lower()) not in _NOT_PASSED_ON and not lower.startswith("access-control-")
-    }
+    )
 
 
 async def _relay_stream(
@@ -78,14 +79,13 @@ async def _relay_stream(
     exchange: Exchange,
     parts: Parts,
     stream: EventStream,
-    headers: dict[str, str],
+    headers: CIMultiDict[str],
 ) -> web.StreamResponse:
     response = web.StreamResponse(headers=headers)
     is_complete = False
     try:
         await response.prepare(request)
-        # Bounds what the engine's timeout does not: an app that has stopped reading.
-        async with asyncio.timeout(parts.request_timeout_s):
+        async with asyncio.timeout_at(answer.deadline_s):
             is_complete = await _copy(answer, response, stream)
     except (TimeoutError, ConnectionError):  # a client that has left: the engine is told by closing its connection
         pass
@@ -105,14 +105,13 @@ async def _relay_stream(
 
 async def _copy(answer: Answer, response: web.StreamResponse, stream: EventStream) -> bool:
     """Whether the engine came to its end; what it sends goes to the app at once."""
-    assert answer.rest is not None
     block = answer.first
     while block:
         if ready := stream.feed(block):
             await response.write(ready)
         try:
-            block = await answer.rest.readany()
-        except (aiohttp.ClientError, TimeoutError):
+            block = await answer.read()
+        except (ConnectionError, GarbageError):
             return stream.is_done
     return True
 

@@ -27,7 +27,7 @@ from services.gateway.journal import Journal, Place, recover
 from services.gateway.redactor import RedactionError, Redactor
 
 SYNC_WITHIN_S = 0.2
-COLLECT_S = 0.02  # how long responses, which are safe already, wait for others to be committed with
+COLLECT_S = 0.05  # how long responses, which are safe already, wait for others to be committed with
 AVOID_SLOW_DISK_S = 10.0
 RETRY_S = 0.5
 QUOTA_EVERY_S = 0.5

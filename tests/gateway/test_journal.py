@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_a_record_that_was_damaged_ends_what_is_found(tmp_path: Path) -> None:
 def test_files_are_followed_by_others_and_go_when_they_are_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_BYTES", 100)
+    monkeypatch.setattr(module, "FILE_BYTES", 200)
     journal = Journal(tmp_path / "j")
     places = [journal.append(NewRecord("t", "k", bytes(60))) for _ in range(6)]
     assert len(files(tmp_path / "j")) == 3
@@ -74,16 +75,22 @@ def test_files_are_followed_by_others_and_go_when_they_are_done(
     journal.close()
 
 
-def test_a_write_that_failed_half_way_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_disk_is_full_nothing_is_written_and_the_file_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(module, "FILE_BYTES", 100)
     journal = Journal(tmp_path / "j")
-    write = os.pwrite
-    with monkeypatch.context() as full:
-        full.setattr(module.os, "pwrite", lambda handle, data, place: write(handle, data[: len(data) // 2], place))
+    with monkeypatch.context() as broken:
+        broken.setattr(module.os, "posix_fallocate", full)
         with pytest.raises(OSError, match="no space left"):
-            journal.append(NewRecord("t", "k", b"lost"))
-    journal.append(NewRecord("t", "k", b"kept"))
-    (path,) = files(tmp_path / "j")
-    assert left_in(path) == [NewRecord("t", "k", b"kept")]
+            journal.append(NewRecord("t", "k", bytes(200)))
+        journal.append(NewRecord("t", "k", b"small"))
+    journal.append(NewRecord("t", "k", bytes(200)))
+    found = [record.value for path in files(tmp_path / "j") for record in left_in(path)]
+    assert sorted(found) == [bytes(200), b"small"]
     journal.close()
 
 
