@@ -8,7 +8,8 @@ One round, and why in this order:
 3. Apply in one transaction of the store, positions included, by compare and set. After this, and only after this, the
    events are joined; a crash before it leaves nothing, a crash after it is not repeated, and a zombie's is refused. A
    thread does it, one batch at a time, while the next one is polled and decoded: the store's time costs none of ours.
-4. Send dead letters from the store's outbox to `<topic>.dlt`, then mark them: sent twice at worst, lost never.
+4. Send dead letters from the store's outbox to `<topic>.dlt`, then mark them: sent twice at worst, lost never. That is
+   before the next batch is in hand, for on SQLite they would wait for each other.
 5. Commit the offsets to the log last: only lag tools read them, so they must never run ahead of the store.
 """
 
@@ -21,7 +22,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
+from operator import attrgetter
 from typing import TypeVar
 
 from prometheus_client import start_http_server
@@ -162,17 +164,15 @@ class Joiner:
         batch = read_batch(records, self._topics[0])
         read_s = time.monotonic() - began
         self._finish()
+        if self._has_letters:
+            with reaching(self._store):
+                send_dead_letters(self._store, self._events, owned)
+            self._has_letters = False
         if records:
             ends = {partition: end for partition, (_, end) in spans.items()}
             joining = self._thread.submit(_timed, lambda: apply(self._store, self._reader, batch, spans))
             self._in_hand = InHand(records, batch, ends, read_s, joining)
             self._next |= ends
-            if self._store.dialect.name == "sqlite":  # which works in this process: reading beside it wins nothing
-                self._finish()
-        if self._has_letters:
-            with reaching(self._store):
-                send_dead_letters(self._store, self._events, owned)
-            self._has_letters = False
         if time.monotonic() > self._commit_at:
             self._commit_at = time.monotonic() + COMMIT_EVERY_S
             self._commit(consumer)
@@ -232,12 +232,12 @@ class Joiner:
         """
         records: list[Record] = []
         ends: dict[int, list[int]] = {}
-        for record in polled:
-            start = self._next.get(record.partition)
-            topic = self._topics.index(record.topic)
-            if start is not None and record.offset >= start[topic]:
-                records.append(record)
-                ends.setdefault(record.partition, list(start))[topic] = record.offset + 1
+        for (topic, partition), run in groupby(polled, key=attrgetter("topic", "partition")):
+            start, n = self._next.get(partition), self._topics.index(topic)
+            ours = [record for record in run if start is not None and record.offset >= start[n]]
+            if start is not None and ours:
+                records += ours
+                ends.setdefault(partition, list(start))[n] = ours[-1].offset + 1
         return records, {partition: (self._next[partition], Offsets(*end)) for partition, end in ends.items()}
 
     def _resize(self, events: int, seconds: float) -> None:

@@ -88,15 +88,18 @@ class GroupConsumer:
             found: list[Record] = []
             places = [place for place in self._slots if place[1] in self._owned]
             self._turn += 1  # another partition first each time, so that a full one does not starve the others
-            for n in range(len(places)):
-                topic, partition = place = places[(n + self._turn) % len(places)]
-                room = max_records - len(found)
-                if room == 0:
-                    break
-                rows = read_slot(self._connection, topic, partition, self._slots[place], self._next[place], room)
-                if rows:
-                    self._next[place] = rows[-1].offset + 1
-                    found += rows
+            places = places[self._turn % len(places) :] + places[: self._turn % len(places)] if places else []
+            # As many of each, so that what came at about the same time gets into the store together.
+            while places and len(found) < max_records:
+                share = -(-(max_records - len(found)) // len(places))
+                with_more = []
+                for place in places:
+                    wanted = min(share, max_records - len(found))
+                    if rows := read_slot(self._connection, *place, self._slots[place], self._next[place], wanted):
+                        self._next[place] = rows[-1].offset + 1
+                        found += rows
+                        with_more.append(place)
+                places = with_more
             if not found:
                 self._idle_version = version
             return found

@@ -242,15 +242,15 @@ class KafkaGroupConsumer:
                 self._leave_out(exc)
         return [
             Record(
-                found.topic,
-                found.partition,
+                place.topic,
+                place.partition,
                 found.offset,
                 (found.key or b"").decode(errors="replace"),
                 found.value or b"",
                 found.timestamp,
                 {name: value.decode(errors="replace") for name, value in found.headers},
             )
-            for records in polled.values()
+            for place, records in polled.items()
             for found in records
         ]
 

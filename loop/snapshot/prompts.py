@@ -59,7 +59,7 @@ def asked(messages: Sequence[Mapping[str, Any]]) -> str:
 def normal_words(text: str) -> list[str]:
     """Words without case and punctuation. Numbers of four digits and more count as one: an order number or a date does
     not make another question of it, while in "12 times 7" the numbers are what is asked."""
-    return [_IDENTIFIER.sub("0000", word) for word in _WORD.findall(text.casefold())]
+    return _WORD.findall(_IDENTIFIER.sub("0000", text.casefold()))
 
 
 class DistinctPrompts:

@@ -9,27 +9,36 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import date
 from functools import cache, lru_cache
+from itertools import chain, repeat
+from operator import itemgetter
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, Date, LargeBinary, Table
+from sqlalchemy import Column, Connection, Date, LargeBinary, Table
 from sqlalchemy.dialects import postgresql
 
 Row = tuple[Any, ...]
-_NULL = struct.pack("!i", -1)
+_LENGTH = struct.Struct("!i")
+_INT = struct.Struct("!iq")
+_NULL = _LENGTH.pack(-1)
 _POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]
+ROWS_PER_STATEMENT = 250
 
 
 class Bulk(Protocol):
     """One transaction. In `sql`, `?` stands for a value and `COLUMN IN ??` for a whole list of them."""
 
-    def stage(self, table: Table, rows: Sequence[Row]) -> None:
-        """Bring new rows near, before any lock is taken."""
+    def stage(self, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
+        """Bring new rows near, before any lock is taken: what one or several tables take of them, by their columns'
+        names.
+        """
 
     def insert_staged(self, table: Table, without: Collection[str] = ()) -> int:
-        """Insert the staged rows whose primary key is not there yet, but for these turned ids; returns how many."""
+        """Insert of the staged rows those whose primary key is not there yet, but for these turned ids; returns how
+        many.
+        """
 
     def upsert(self, table: Table, rows: Sequence[Row]) -> None:
         """Insert rows, or overwrite those of the same primary key."""
@@ -58,27 +67,40 @@ def open_bulk(connection: Connection) -> Bulk:
 
 
 class SqliteBulk:
-    """Rows go in by executemany; lists go in as one JSON value."""
+    """Rows go in many to a statement; lists go in as one JSON value."""
 
     def __init__(self, cursor: Any) -> None:
         self._cursor = cursor
-        self._staged: dict[str, Sequence[Row]] = {}
+        self._staged: Sequence[Row] = ()
+        self._places: dict[str, int] = {}
 
-    def stage(self, table: Table, rows: Sequence[Row]) -> None:
-        self._staged[table.name] = rows  # the write lock is held from the beginning on: nothing to win
+    def stage(self, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
+        self._staged = rows  # the write lock is held from the beginning on: nothing to win
+        self._places = {column.name: n for n, column in enumerate(columns)}
 
     def insert_staged(self, table: Table, without: Collection[str] = ()) -> int:
-        rows = self._staged.pop(table.name)
-        if without:
-            n = table.columns.keys().index("turned_id")
-            rows = [row for row in rows if row[n] not in without]
-        return int(self._cursor.executemany(insert_sql(table), rows).rowcount) if rows else 0
+        id = self._places["turned_id"]
+        rows = [row for row in self._staged if row[id] not in without] if without else self._staged
+        of_table = itemgetter(*(self._places[column.name] for column in table.columns))
+        return self._insert(table, list(map(of_table, rows)))
 
     def upsert(self, table: Table, rows: Sequence[Row]) -> None:
         self.execute_many(upsert_sql(table), rows)
 
     def insert(self, table: Table, rows: Sequence[Row]) -> None:
-        self.execute_many(insert_sql(table), rows)
+        self._insert(table, rows)
+
+    def _insert(self, table: Table, rows: Sequence[Row]) -> int:
+        # A statement of many rows is worked off outside of Python's lock, while the next batch is read; by executemany,
+        # SQLite would ask for the lock at each row, and wait for it.
+        inserted = 0
+        whole = len(rows) - len(rows) % ROWS_PER_STATEMENT
+        for start in range(0, whole, ROWS_PER_STATEMENT):
+            values = tuple(chain.from_iterable(rows[start : start + ROWS_PER_STATEMENT]))
+            inserted += self._cursor.execute(insert_sql(table, ROWS_PER_STATEMENT), values).rowcount
+        if whole < len(rows):
+            inserted += self._cursor.executemany(insert_sql(table), rows[whole:]).rowcount
+        return inserted
 
     def execute(self, sql: str, *values: Any) -> int:
         return int(self._cursor.execute(*_for_sqlite(sql, values)).rowcount)
@@ -94,24 +116,23 @@ class SqliteBulk:
 
 
 class PostgresBulk:
-    """New rows go into temporary tables by COPY and from there into their own by one statement."""
+    """New rows go into a temporary table by COPY and from there into their own by one statement each."""
 
     def __init__(self, cursor: Any) -> None:
         self._cursor = cursor
 
-    def stage(self, table: Table, rows: Sequence[Row]) -> None:
+    def stage(self, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
         # Not LIKE: it locks the table until the transaction ends, and who is stopped in COPY would hold up all others.
-        columns = ", ".join(f'"{column.name}" {column.type.compile(_POSTGRES)}' for column in table.columns)
-        self._cursor.execute(
-            f"CREATE TEMPORARY TABLE IF NOT EXISTS staged_{table.name} ({columns}) ON COMMIT DELETE ROWS"
-        )
-        with self._cursor.copy(f"COPY staged_{table.name} FROM STDIN (FORMAT BINARY)") as copy:
-            copy.write(b"".join(_copy_form(table, rows)))
+        types = ", ".join(f'"{column.name}" {column.type.compile(_POSTGRES)}' for column in columns)
+        self._cursor.execute(f"CREATE TEMPORARY TABLE IF NOT EXISTS staged ({types}) ON COMMIT DELETE ROWS")
+        with self._cursor.copy("COPY staged FROM STDIN (FORMAT BINARY)") as copy:
+            copy.write(_copy_form(columns, rows))
 
     def insert_staged(self, table: Table, without: Collection[str] = ()) -> int:
         if without:
-            self.execute(f"DELETE FROM staged_{table.name} WHERE turned_id IN ??", set(without))
-        return self.execute(f"INSERT INTO {table.name} SELECT * FROM staged_{table.name} ON CONFLICT DO NOTHING")
+            self.execute("DELETE FROM staged WHERE turned_id IN ??", set(without))
+        names = _names(table)
+        return self.execute(f"INSERT INTO {table.name} ({names}) SELECT {names} FROM staged ON CONFLICT DO NOTHING")
 
     def upsert(self, table: Table, rows: Sequence[Row]) -> None:
         self.execute_many(upsert_sql(table), rows)
@@ -134,12 +155,15 @@ class PostgresBulk:
         return rows
 
 
+def _names(table: Table) -> str:
+    return ", ".join(f'"{column.name}"' for column in table.columns)
+
+
 @cache
-def insert_sql(table: Table) -> str:
-    """INSERT that leaves rows that are there as they are."""
-    names = ", ".join(f'"{column.name}"' for column in table.columns)
-    marks = ", ".join("?" * len(table.columns))
-    return f"INSERT INTO {table.name} ({names}) VALUES ({marks}) ON CONFLICT DO NOTHING"
+def insert_sql(table: Table, rows: int = 1) -> str:
+    """INSERT of so many rows that leaves those that are there as they are."""
+    marks = ", ".join([f"({', '.join('?' * len(table.columns))})"] * rows)
+    return f"INSERT INTO {table.name} ({_names(table)}) VALUES {marks} ON CONFLICT DO NOTHING"
 
 
 @cache
@@ -162,42 +186,36 @@ def _for_sqlite(sql: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
 
 def _for_postgres(sql: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
     return sql.replace("IN ??", "= ANY(%s)").replace("?", "%s"), [
-        list(value) if isinstance(value, (set, frozenset, list, dict)) else value for value in values
+        _array(value) if isinstance(value, (set, frozenset, list, dict)) else value for value in values
     ]
 
 
-def _copy_form(table: Table, rows: Iterable[Row]) -> Iterator[bytes]:
-    """In COPY's binary format (PostgreSQL's documentation, COPY, "Binary Format"); psycopg's own writer is slower."""
-    writers = [_writer(column) for column in table.columns]
-    columns = struct.pack("!h", len(writers))
-    yield b"PGCOPY\n\xff\r\n\0" + bytes(8)
-    for row in rows:
-        yield columns
-        for write, value in zip(writers, row, strict=True):
-            yield _NULL if value is None else write(value)
-    yield struct.pack("!h", -1)
+def _array(values: Iterable[Any]) -> str:
+    """As Postgres writes an array of any type; psycopg's own writer takes the time of the whole join."""
+    texts = "\0".join(map(str, values))  # which no text of Postgres' holds
+    quoted = texts.replace("\\", r"\\").replace('"', r"\"").replace("\0", '","')
+    return f'{{"{quoted}"}}'
 
 
-def _writer(column: Any) -> Callable[[Any], bytes]:
+def _copy_form(columns: Sequence[Column[Any]], rows: Sequence[Row]) -> bytes:
+    """In COPY's binary format (PostgreSQL's documentation, COPY, "Binary Format"), a column at a time; psycopg's own
+    writer is slower.
+    """
+    written = [_written(column, [row[n] for row in rows]) for n, column in enumerate(columns)]
+    fields = zip(repeat(struct.pack("!h", len(columns))), *written)
+    return b"".join(chain([b"PGCOPY\n\xff\r\n\0", bytes(8)], chain.from_iterable(fields), [struct.pack("!h", -1)]))
+
+
+def _written(column: Column[Any], values: Iterable[Any]) -> Iterable[bytes]:
     if isinstance(column.type, Date):
-        return _write_day
-    if isinstance(column.type, LargeBinary):
-        return _write_bytes
-    return _write_int if column.type.python_type is int else _write_text
+        return map(_write_day, values)
+    if column.type.python_type is int:
+        return [_NULL if value is None else _INT.pack(8, value) for value in values]
+    if not isinstance(column.type, LargeBinary):
+        values = [None if value is None else value.encode() for value in values]
+    return [_NULL if value is None else _LENGTH.pack(len(value)) + value for value in values]
 
 
 @lru_cache(maxsize=64)
 def _write_day(day: str) -> bytes:
     return struct.pack("!ii", 4, (date.fromisoformat(day) - date(2000, 1, 1)).days)
-
-
-def _write_bytes(value: bytes) -> bytes:
-    return struct.pack("!i", len(value)) + value
-
-
-def _write_int(value: int) -> bytes:
-    return struct.pack("!iq", 8, value)
-
-
-def _write_text(value: str) -> bytes:
-    return _write_bytes(value.encode())

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 _VOTE = (
     "key, feedback_id, response_id, message_id, choice_index, rater, value, weight, source, hlc, event_id, correction"
 )
+# A response as it comes near: its row in `response_index`, then what its body's row has beside it.
+_STAGED = [*response_index.columns, responses.c.day, responses.c.body]
 
 
 class PositionMovedError(RuntimeError):
@@ -77,15 +79,13 @@ def apply(engine: Engine, reader: Reader, batch: Batch, spans: Mapping[int, Span
     Raises PositionMovedError, StoreUnavailableError; nothing was changed then.
     """
     with reaching(engine):
-        turned = [(turn(id), response, event) for id, (response, event) in batch.responses.items()]
-        turned.sort(key=itemgetter(0))
-        bodies = [(response.day, id, event) for id, response, event in turned]
-        ensure_days(engine, {day for day, _, _ in bodies})
+        rows = [(turn(id), *r[1:], r.day, event) for id, (r, event) in batch.responses.items()]
+        rows.sort(key=itemgetter(0))  # the order of the indexes
+        ensure_days(engine, {row[-2] for row in rows})
         with write(engine) as connection:
             bulk = open_bulk(connection)
             # 1. Bulk data comes near before any lock is taken: a process that is stopped here holds up nobody.
-            bulk.stage(responses, bodies)
-            bulk.stage(response_index, [(id, *response[1:]) for id, response, _ in turned])
+            bulk.stage(_STAGED, rows)
             # 2. Whoever moves the positions has these partitions to himself until he commits.
             _advance(bulk, reader, spans)
             # 3. What is erased stays out; read behind the positions, so that no erasure falls between.
