@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Table
+from sqlalchemy import Column
 
 from loop.store.bulk import PostgresBulk, Row
 from services.cli import app
@@ -24,8 +24,8 @@ def main(point: str) -> None:
     """Put the stop in its place, then run the joiner."""
     stage, execute = PostgresBulk.stage, PostgresBulk.execute
 
-    def stopping_stage(self: PostgresBulk, table: Table, rows: Sequence[Row]) -> None:
-        stage(self, table, _stopping(rows))  # type: ignore[arg-type]
+    def stopping_stage(self: PostgresBulk, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
+        stage(self, columns, _Stopping(rows))
 
     def stopping_execute(self: PostgresBulk, sql: str, *values: Any) -> int:
         done = execute(self, sql, *values)
@@ -40,9 +40,10 @@ def main(point: str) -> None:
     app(["joiner"])
 
 
-def _stopping(rows: Sequence[Row]) -> Iterator[Row]:
-    _stop()
-    yield from rows
+class _Stopping(list[Row]):
+    def __iter__(self) -> Iterator[Row]:
+        _stop()
+        return super().__iter__()
 
 
 def _stop() -> None:
