@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import resource
 import signal
@@ -157,7 +158,9 @@ async def _serve(settings: Settings) -> None:
         await web.TCPSite(private, gateway.host, gateway.metrics_port, reuse_port=is_shared).start()
         site = web.TCPSite(public, gateway.host, gateway.port, backlog=1024, reuse_port=is_shared)
         await site.start()
+        freezing = asyncio.create_task(_freeze(app[PARTS]))
         await stop.wait()
+        freezing.cancel()
         await site.stop()
         await _drain(app[PARTS], gateway.drain_timeout_s)
     finally:
@@ -191,6 +194,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+async def _freeze(parts: Parts) -> None:
+    """What was loaded by now stays: the collector need not look through it while streams wait, 40 ms each time."""
+    await parts.routes.is_known.wait()  # SQLAlchemy is in memory
+    gc.collect()
+    gc.freeze()
 
 
 async def _drain(parts: Parts, timeout_s: float) -> None:

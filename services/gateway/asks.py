@@ -116,6 +116,8 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
 
 def read_trace(headers: Mapping[str, str]) -> dict[str, str]:
     """The W3C trace context, to be passed on; what cannot be one is left out, as that standard says."""
+    if "traceparent" not in headers:
+        return {}
     found = ((name, headers.get(name, "")) for name in ("traceparent", "tracestate"))
     return {
         name: value

@@ -1,9 +1,9 @@
 """Where the event loop itself puts a response before its last byte goes out: into a file that is mapped into memory.
 
-It takes a microsecond, no system call (which would hand the interpreter to the spool's thread), and survives kill -9 of
-the process. The log's commit, and the way to its thread and back, cost a hundred times as much; they follow for many
-responses at once. What a killed process has left is taken up at the next start; a record may then be in the log twice,
-and counts once, as every event does.
+It takes a microsecond and no system call, which would hand the interpreter to the spool's thread, and survives kill -9
+of the process. The log's commit, and the way to its thread and back, cost a thousand times as much; they follow for
+many responses at once. What a killed process has left is taken up at the next start; a record may then be in the log
+twice, and counts once, as every event does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import msgspec
 
 from loop.log import NewRecord
 
-FILE_BYTES = 16 * 1024 * 1024  # of one file, or of a record that is larger; behind the last record are zeros
+FILE_BYTES = 4 * 1024 * 1024  # of one file, or of a record that is larger; behind the last record are zeros
 _DONE = struct.Struct("<Q")  # a file's first bytes: up to where its records are in the log
 _FRAME = struct.Struct("<II")  # before each record: its length and CRC-32
 

@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--paced", type=int, nargs="+", default=[100, 200, 400], help="paced streams at once")
     parser.add_argument("--slow", type=int, default=1000, help="slow streams at once")
+    parser.add_argument("--rivals", nargs="*", default=["nginx", "LiteLLM"], help="beside the engine and a bare proxy")
     options = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # for the stub and the load; the gateway sees to its own
@@ -69,17 +70,17 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         urls = {"direct": f"http://127.0.0.1:{(engine := free_port())}"}
         stack.enter_context(process(urls["direct"] + "/health", sys.executable, "-m", "tests.stub_engine", str(engine)))
-        if shutil.which("nginx"):
+        if "nginx" in options.rivals and shutil.which("nginx"):
             urls["nginx"] = f"http://127.0.0.1:{(port := free_port())}"
             config = folder / "nginx.conf"
             config.write_text(_NGINX.format(dir=folder, engine=engine, port=port))
             stack.enter_context(process(urls["nginx"] + "/health", "nginx", "-c", str(config)))
-        else:
+        elif "nginx" in options.rivals:
             report(note="nginx is not installed: not compared with it")
         urls["bare aiohttp"] = f"http://127.0.0.1:{(port := free_port())}"
         bare = [sys.executable, "-m", "tests.bench.gateway_bare", urls["direct"], str(port)]
         stack.enter_context(process(urls["bare aiohttp"] + "/healthz", *bare))
-        if litellm := litellm_command():
+        if "LiteLLM" in options.rivals and (litellm := litellm_command()):
             urls["LiteLLM"] = f"http://127.0.0.1:{(port := free_port())}"
             config = folder / "litellm.yaml"
             config.write_text(_LITELLM_CONFIG.format(engine=urls["direct"]))

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loop.settings import EngineSettings
 from services.gateway.connection import Connection, GarbageError
 from services.gateway.engines import Engines
+from services.gateway.errors import Refusal
 
 HEAD = b"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
@@ -23,7 +31,7 @@ Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @asynccontextmanager
-async def engine(script: Script) -> AsyncIterator[str]:
+async def engine(script: Script, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """A server that does to each connection what the script says."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -34,9 +42,9 @@ async def engine(script: Script) -> AsyncIterator[str]:
         finally:
             writer.close()
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls) as server:
         host, port = server.sockets[0].getsockname()[:2]
-        yield f"http://{host}:{port}"
+        yield f"{'http' if tls is None else 'https'}://{host}:{port}"
 
 
 def saying(answer: bytes, *, is_over: bool = False) -> Script:
@@ -234,4 +242,47 @@ async def test_a_waiting_connection_that_the_engine_has_spoilt_is_not_used(unask
             assert engines.replicas[0].take() is None
             spoil.clear()
             spoilt.clear()
+        engines.close()
+
+
+def certificate(path: Path) -> Path:
+    """A certificate for this machine, which has signed it itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([]), datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    key_bytes = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(key_bytes + made.public_bytes(pem))
+    return path
+
+
+async def test_an_engine_behind_tls_is_reached_where_its_certificate_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await reader.readuntil(b"{}")
+            writer.write(OK)
+
+    path = certificate(tmp_path / "engine.pem")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(path)
+    async with engine(script, tls) as url, asyncio.timeout(10):
+        engines = Engines(EngineSettings(urls=[url]))
+        with pytest.raises(Refusal, match="Service Unavailable"):
+            await engines.post("/v1/x", b"{}", {})
+        monkeypatch.setenv("SSL_CERT_FILE", str(path))
+        for _ in range(2):
+            with await engines.post("/v1/x", b"{}", {}) as answer:
+                assert answer.first == b"hello"
         engines.close()
