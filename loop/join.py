@@ -46,7 +46,7 @@ class Response(NamedTuple):
     @property
     def key(self) -> str:
         """What it is partitioned by."""
-        return self.response_id.split("-", 2)[1]
+        return self.response_id[-53:-37]  # a uuid has 36 characters, a key 16
 
     @property
     def day(self) -> str:
@@ -155,14 +155,14 @@ def read_batch(records: Iterable[Record], responses_topic: str) -> Batch:
 def read_response(event: ResponseEvent) -> Response:
     """The event as the join keeps it. Raises EventError where its keys do not agree."""
     data = event.data
+    response = Response(data.response_id, None, data.started_at_ms, event.id)
     # Only what agrees on its key is in one partition, and so in one joiner's hands.
-    if key_of_response_id(data.response_id) != event.partitionkey:
+    if response.key != event.partitionkey:
         raise EventError(f"partitionkey is {event.partitionkey!r}, expected the key in {data.response_id!r}")
     # A message id under another key can be no vote's target: those votes are in the partition of the id's own key.
-    message_id = None if data.message_id is None else message_digest(data.message_id)
-    if message_id is not None and not message_id.startswith(event.partitionkey):
-        message_id = None
-    return Response(data.response_id, message_id, data.started_at_ms, event.id)
+    if data.message_id is None or not (digest := message_digest(data.message_id)).startswith(event.partitionkey):
+        return response
+    return response._replace(message_id=digest)
 
 
 def read_vote(event: FeedbackEvent) -> Vote:

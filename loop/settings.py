@@ -227,7 +227,7 @@ class JoinerSettings(Section):
 
     group: str = "joiner"
     """Consumer group, and the name that positions are kept under."""
-    batch_events: Annotated[int, Field(ge=1, le=50_000)] = 2_000
+    batch_events: Annotated[int, Field(ge=1, le=50_000)] = 4_000
     """Most events joined in one transaction."""
     poll_timeout_s: Annotated[float, Field(gt=0, le=30)] = 0.5
     """Longest wait for new events."""

@@ -16,23 +16,24 @@ from itertools import chain, repeat
 from operator import itemgetter
 from typing import Any, Protocol
 
-from sqlalchemy import Column, Connection, Date, LargeBinary, Table
+from sqlalchemy import Column, Connection, Date, Engine, LargeBinary, Table
 from sqlalchemy.dialects import postgresql
 
 Row = tuple[Any, ...]
+Staged = Any  # rows as they are on SQLite; in COPY's format on Postgres
 _LENGTH = struct.Struct("!i")
 _INT = struct.Struct("!iq")
 _NULL = _LENGTH.pack(-1)
 _POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]
-ROWS_PER_STATEMENT = 250
+ROWS_PER_STATEMENT = 500
 
 
 class Bulk(Protocol):
     """One transaction. In `sql`, `?` stands for a value and `COLUMN IN ??` for a whole list of them."""
 
-    def stage(self, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
-        """Bring new rows near, before any lock is taken: what one or several tables take of them, by their columns'
-        names.
+    def stage(self, columns: Sequence[Column[Any]], rows: Staged) -> None:
+        """Bring new rows near, in their `staged_form`, before any lock is taken; several tables may take of them what
+        their columns' names say.
         """
 
     def insert_staged(self, table: Table, without: Collection[str] = ()) -> int:
@@ -66,15 +67,20 @@ def open_bulk(connection: Connection) -> Bulk:
     return PostgresBulk(cursor)
 
 
+def staged_form(engine: Engine, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> Staged:
+    """Rows as `Bulk.stage` takes them: made without a connection, so while another transaction is under way."""
+    return rows if engine.dialect.name == "sqlite" else _copy_form(columns, rows)
+
+
 class SqliteBulk:
     """Rows go in many to a statement; lists go in as one JSON value."""
 
     def __init__(self, cursor: Any) -> None:
         self._cursor = cursor
-        self._staged: Sequence[Row] = ()
+        self._staged: Staged = ()
         self._places: dict[str, int] = {}
 
-    def stage(self, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
+    def stage(self, columns: Sequence[Column[Any]], rows: Staged) -> None:
         self._staged = rows  # the write lock is held from the beginning on: nothing to win
         self._places = {column.name: n for n, column in enumerate(columns)}
 
@@ -121,12 +127,12 @@ class PostgresBulk:
     def __init__(self, cursor: Any) -> None:
         self._cursor = cursor
 
-    def stage(self, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
+    def stage(self, columns: Sequence[Column[Any]], rows: Staged) -> None:
         # Not LIKE: it locks the table until the transaction ends, and who is stopped in COPY would hold up all others.
         types = ", ".join(f'"{column.name}" {column.type.compile(_POSTGRES)}' for column in columns)
         self._cursor.execute(f"CREATE TEMPORARY TABLE IF NOT EXISTS staged ({types}) ON COMMIT DELETE ROWS")
         with self._cursor.copy("COPY staged FROM STDIN (FORMAT BINARY)") as copy:
-            copy.write(_copy_form(columns, rows))
+            copy.write(rows)
 
     def insert_staged(self, table: Table, without: Collection[str] = ()) -> int:
         if without:

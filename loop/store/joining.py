@@ -27,7 +27,7 @@ from loop.join import (
     join,
     last_response,
 )
-from loop.store.bulk import Bulk, open_bulk
+from loop.store.bulk import Bulk, Staged, open_bulk, staged_form
 from loop.store.engine import reaching, write
 from loop.store.partitions import ensure_days
 from loop.store.schema import IS_PENDING, dead_letters, erasures, examples, positions, response_index, responses, votes
@@ -73,19 +73,34 @@ Span = tuple[Offsets, Offsets]
 """Where a partition stood, and where it stands behind the batch."""
 
 
-def apply(engine: Engine, reader: Reader, batch: Batch, spans: Mapping[int, Span]) -> Applied:
+class Prepared(NamedTuple):
+    """What a batch brings near, in the form in which the store takes it, and the days that it is of."""
+
+    rows: Staged
+    days: set[str]
+
+
+def prepare(engine: Engine, batch: Batch) -> Prepared:
+    """The part of `apply` that needs no connection: its caller may do it while an earlier batch is applied."""
+    rows = [(turn(id), *r[1:], r.day, event) for id, (r, event) in batch.responses.items()]
+    rows.sort(key=itemgetter(0))  # the order of the indexes
+    return Prepared(staged_form(engine, _STAGED, rows), {row[-2] for row in rows})
+
+
+def apply(
+    engine: Engine, reader: Reader, batch: Batch, spans: Mapping[int, Span], prepared: Prepared | None = None
+) -> Applied:
     """Join a batch and move the reader's positions, in one transaction.
 
     Raises PositionMovedError, StoreUnavailableError; nothing was changed then.
     """
+    near = prepared or prepare(engine, batch)
     with reaching(engine):
-        rows = [(turn(id), *r[1:], r.day, event) for id, (r, event) in batch.responses.items()]
-        rows.sort(key=itemgetter(0))  # the order of the indexes
-        ensure_days(engine, {row[-2] for row in rows})
+        ensure_days(engine, near.days)
         with write(engine) as connection:
             bulk = open_bulk(connection)
             # 1. Bulk data comes near before any lock is taken: a process that is stopped here holds up nobody.
-            bulk.stage(_STAGED, rows)
+            bulk.stage(_STAGED, near.rows)
             # 2. Whoever moves the positions has these partitions to himself until he commits.
             _advance(bulk, reader, spans)
             # 3. What is erased stays out; read behind the positions, so that no erasure falls between.
@@ -334,13 +349,14 @@ def _indexed(bulk: Bulk, column: str, values: set[str]) -> dict[str, Response]:
 
 
 def turn(response_id: str) -> str:
-    """chatcmpl-<key>-<uuid> as <uuid>-<key>-chatcmpl, the order of the store's indexes."""
-    kind, key, uuid = response_id.split("-", 2)
-    return f"{uuid}-{key}-{kind}"
+    """chatcmpl-<key>-<uuid> as <uuid>-<key>-chatcmpl, the order of the store's indexes; a uuid has 36 characters, a key
+    16.
+    """
+    return f"{response_id[-36:]}-{response_id[-53:-37]}-{response_id[:-54]}"
 
 
 def turn_back(turned_id: str) -> str:
-    """The response_id that was turned; a uuid has 36 characters, a key 16."""
+    """The response_id that was turned."""
     return f"{turned_id[54:]}-{turned_id[37:53]}-{turned_id[:36]}"
 
 

@@ -128,6 +128,18 @@ def test_topics_of_one_file_have_equal_partition_counts(tmp_path: Path) -> None:
     log.close()
 
 
+def test_a_poll_takes_as_many_records_of_each_partition(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.append([NewRecord("t", f"{n}", b"") for n in range(100)])
+    log.append([NewRecord("u", "a", b""), NewRecord("u", "a", b"")])
+    consumer = log.consumer("g", ["t", "u"])
+    polled = consumer.poll(22, 0.0)
+    places = [(record.topic, record.partition) for record in polled]
+    assert (places.count(("t", 0)), places.count(("t", 1)), len(polled)) == (10, 10, 22)
+    consumer.close()
+    log.close()
+
+
 def test_a_dead_members_partitions_go_to_the_living(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups_module, "HEARTBEAT_S", 0.0)
     log = open_log(tmp_path)

@@ -17,7 +17,8 @@ from sqlalchemy import Engine, func, select
 from loop.join import Batch, DeadLetter
 from loop.log import LogUnavailableError, NewRecord
 from loop.settings import StoreSettings
-from loop.store import open_store
+from loop.store import open_store, write
+from loop.store.bulk import ROWS_PER_STATEMENT, open_bulk
 from loop.store.dead_letters import (
     Chosen,
     count_dead_letters,
@@ -31,11 +32,12 @@ from loop.store.joining import (
     PositionMovedError,
     apply,
     pending_votes,
+    prepare,
     start_positions,
     turn,
     turn_back,
 )
-from loop.store.schema import dead_letters, responses, votes
+from loop.store.schema import dead_letters, erasures, responses, votes
 from tests.join.joined import examples_in
 from tests.join.oracle import examples_of
 from tests.join.traffic import (
@@ -130,6 +132,27 @@ def test_a_retracted_vote_takes_its_example_away_and_duplicates_change_nothing(s
     assert examples_in(store) == {}
     apply(store, READER, batch_of(up), {})
     assert examples_in(store) == {}
+
+
+def test_a_large_batch_tells_what_of_it_is_new(store: Engine) -> None:
+    """Larger than one statement's rows, and no multiple of them."""
+    many = [response(response_id(f"{n:016x}", n)) for n in range(2 * ROWS_PER_STATEMENT + 7)]
+    half, all_but_one = len(many) // 2, len(many) - 1
+    assert apply(store, READER, batch_of(*many[:half]), {}).responses == half
+    assert apply(store, READER, batch_of(*many[:all_but_one]), {}).responses == all_but_one - half
+    again = batch_of(*many)
+    assert apply(store, READER, again, {}, prepare(store, again)).responses == 1
+    with store.connect() as connection:
+        assert connection.execute(select(func.count()).select_from(responses)).scalar_one() == len(many)
+
+
+def test_lists_of_any_texts_are_found(store: Engine) -> None:
+    odd = {"", " a ", 'quo"ted', "back\\slash", "\\", "com,ma", "{brace}", "NULL", "don't", "%s", "ü", "new\nline", "?"}
+    with write(store) as connection:
+        bulk = open_bulk(connection)
+        bulk.insert(erasures, [("user", text, None) for text in odd])
+        found = bulk.select("SELECT subject FROM erasures WHERE subject IN ??", odd | {"not there"})
+    assert {text for (text,) in found} == odd
 
 
 def test_a_zombie_changes_nothing(store: Engine) -> None:
