@@ -79,6 +79,12 @@ class Connection(asyncio.Protocol):
         self._is_open = False
         self._transport.abort()
 
+    def fail(self, error: Exception) -> None:
+        """Raise it where an answer is waited for."""
+        if self._error is None and not self._is_complete:
+            self._error = error
+            self._wake()
+
     # --- as the transport and the parser call it ---------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -94,7 +100,7 @@ class Connection(asyncio.Protocol):
             if not self.status and self._waiting_bytes > _MAX_HEAD_BYTES:
                 raise HttpParserError(f"headers of more than {_MAX_HEAD_BYTES} bytes")
         except (HttpParserError, HttpParserUpgrade) as exc:
-            self._fail(GarbageError(str(exc.__context__ or exc)))
+            self.fail(GarbageError(str(exc.__context__ or exc)))
             self.abort()
         if self._waiting_bytes > _HIGH_WATER_BYTES and not self._is_paused:
             self._is_paused = True
@@ -110,7 +116,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_open = False
-        self._fail(exc if isinstance(exc, ConnectionError) else ConnectionResetError("the engine hung up"))
+        self.fail(exc if isinstance(exc, ConnectionError) else ConnectionResetError("the engine hung up"))
         del self._parser  # which refers to us
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -130,11 +136,6 @@ class Connection(asyncio.Protocol):
         if self.status:
             self._is_complete = True
             self._is_open = self._parser.should_keep_alive()
-
-    def _fail(self, error: Exception) -> None:
-        if self._error is None and not self._is_complete:
-            self._error = error
-            self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -101,6 +101,7 @@ class Engines:
         self._fixed = "Content-Type: application/json\r\n"
         if settings.api_key is not None:
             self._fixed += f"Authorization: Bearer {settings.api_key.get_secret_value()}\r\n"
+        self._loop = asyncio.get_running_loop()
         self._timeout_s = settings.request_timeout_s
         self._connect_timeout_s = settings.connect_timeout_s
 
@@ -132,35 +133,33 @@ class Engines:
             replica.prune(0.0)
 
     async def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
-        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
         tried: list[Replica] = []
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                # A single replica gets a second try too: a pooled connection may have been closed at that very moment.
-                for _ in range(max(2, len(self.replicas))):
-                    replica = min(self.replicas, key=lambda r: (r in tried, not r.is_up, r.open_requests))
-                    head = self._head(replica, method, path, body, headers)
-                    try:
-                        return await self._ask(replica, head, body, deadline_s)
-                    except ConnectionError as exc:
-                        tried.append(replica)
-                        failure = exc
-        except TimeoutError as exc:
-            message = f"the engine did not answer within {self._timeout_s:g} s"
-            raise Refusal(503, message, code="engine_timeout", retry_after_s=RETRY_AFTER_S) from exc
-        except GarbageError as exc:
-            raise Refusal(502, f"the engine's answer is not HTTP: {exc}", code="engine_failed") from exc
+        # A single replica gets a second try too: a pooled connection may have been closed at that very moment.
+        for _ in range(max(2, len(self.replicas))):
+            replica = min(self.replicas, key=lambda r: (r in tried, not r.is_up, r.open_requests))
+            try:
+                return await self._ask(replica, self._head(replica, method, path, body, headers), body)
+            except ConnectionError as exc:
+                tried.append(replica)
+                failure = exc
+            except TimeoutError as exc:
+                message = f"the engine did not answer within {self._timeout_s:g} s"
+                raise Refusal(503, message, code="engine_timeout", retry_after_s=RETRY_AFTER_S) from exc
+            except GarbageError as exc:
+                raise Refusal(502, f"the engine's answer is not HTTP: {exc}", code="engine_failed") from exc
         message = f"no engine takes requests now ({type(failure).__name__}); try again"
         raise Refusal(503, message, code="engine_unavailable", retry_after_s=RETRY_AFTER_S) from failure
 
-    async def _ask(self, replica: Replica, head: bytes, body: bytes, deadline_s: float) -> Answer:
+    async def _ask(self, replica: Replica, head: bytes, body: bytes) -> Answer:
         """The answer up to its first byte, for until then another replica can give it; all of it where the engine does
-        not stream.
+        not stream. Raises ConnectionError, TimeoutError and GarbageError.
         """
         replica.open_requests += 1
-        connection = None
+        connection = timer = None
         try:
             connection = replica.take() or await self._connect(replica)
+            deadline_s = self._loop.time() + self._timeout_s
+            timer = self._loop.call_at(deadline_s, connection.fail, TimeoutError())
             await connection.ask(head, body)
             # The engine's own word on whether it streams: it is more lenient than we in what it takes for `true`.
             is_stream = connection.status == 200 and connection.content_type == "text/event-stream"
@@ -171,6 +170,9 @@ class Engines:
             if connection is not None:
                 connection.abort()
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def _head(self, replica: Replica, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
         given = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

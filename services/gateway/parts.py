@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 from aiohttp import web
 
@@ -110,7 +111,7 @@ class Parts:
     def check_headers(self, request: web.Request) -> None:
         """Raises Refusal 431. What is beyond these limits by far, aiohttp does not even read (`app.py`)."""
         headers, most = request.raw_headers, self.gateway.max_header_bytes
-        if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > most:
+        if len(headers) > MAX_HEADERS or sum(map(len, chain.from_iterable(headers))) > most:
             message = (
                 f"the headers are more than {MAX_HEADERS}, or larger than {most} bytes, which is the most taken here"
             )

@@ -53,14 +53,16 @@ async def relay(request: web.Request, answer: Answer, exchange: Exchange, parts:
     rename = Rename(exchange.adapter, exchange.shown_model, strip_token_ids=is_captured and not ask.wants_token_ids)
     if answer.is_stream:
         stream = EventStream(rename, Transcript() if is_captured else None)
-        response = await _relay_stream(request, answer, exchange, parts, stream, headers)
-    else:
-        if is_logged:
-            read = functools.partial(_read_body, answer.first) if is_captured else Transcript
-            await _wait(_log(parts, exchange, read, len(answer.first)), exchange, parts)
-        response = web.Response(body=rename.answer(answer.first), status=answer.status, headers=headers)
+        return await _relay_stream(request, answer, exchange, parts, stream, headers)
+    if is_logged:
+        read = functools.partial(_read_body, answer.first) if is_captured else Transcript
+        await _wait(_log(parts, exchange, read, len(answer.first)), exchange, parts)
+    response = web.Response(body=rename.answer(answer.first), status=answer.status, headers=headers)
     if parts.is_draining:
         response.force_close()
+    with suppress(ConnectionError):  # the client has left
+        await response.prepare(request)
+        await response.write_eof()  # now, while aiohttp would do it behind all of our accounts
     return response
 
 
@@ -98,6 +100,8 @@ async def _relay_stream(
         return response
     if written is not None:
         await _wait(written, exchange, parts)
+    if parts.is_draining:
+        response.force_close()
     with suppress(ConnectionError):  # it may have left with everything but the end
         await response.write_eof(stream.rest())
     return response
