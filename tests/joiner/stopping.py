@@ -9,12 +9,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Column
+from psycopg import Copy
 
-from loop.store.bulk import PostgresBulk, Row
+from loop.store.bulk import PostgresBulk
 from services.cli import app
 
 _left = ["stop"]
@@ -22,10 +21,12 @@ _left = ["stop"]
 
 def main(point: str) -> None:
     """Put the stop in its place, then run the joiner."""
-    stage, execute = PostgresBulk.stage, PostgresBulk.execute
+    write, execute = Copy.write, PostgresBulk.execute
 
-    def stopping_stage(self: PostgresBulk, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
-        stage(self, columns, _Stopping(rows))
+    def stopping_write(self: Copy[Any], buffer: bytes) -> None:
+        write(self, buffer[:100])
+        _stop()
+        write(self, buffer[100:])
 
     def stopping_execute(self: PostgresBulk, sql: str, *values: Any) -> int:
         done = execute(self, sql, *values)
@@ -34,16 +35,10 @@ def main(point: str) -> None:
         return done
 
     if point == "copy":
-        PostgresBulk.stage = stopping_stage  # type: ignore[method-assign]
+        Copy.write = stopping_write  # type: ignore[method-assign,assignment]
     else:
         PostgresBulk.execute = stopping_execute  # type: ignore[method-assign]
     app(["joiner"])
-
-
-class _Stopping(list[Row]):
-    def __iter__(self) -> Iterator[Row]:
-        _stop()
-        return super().__iter__()
 
 
 def _stop() -> None:
