@@ -62,12 +62,20 @@ def normal_words(text: str) -> list[str]:
     return _WORD.findall(_IDENTIFIER.sub("0000", text.casefold()))
 
 
+class _Hashes(dict[str, int]):
+    """The 64-bit hash of every word that was looked up."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = hashed = int.from_bytes(blake2b(word.encode(), digest_size=8).digest())
+        return hashed
+
+
 class DistinctPrompts:
     """The distinct normalised prompts that were seen: 8 bytes a word and one set entry each, not their text."""
 
     def __init__(self) -> None:
         self._index: dict[int, int] = {}
-        self._words: dict[str, int] = {}
+        self._words = _Hashes()
         self._units = array("Q")
         self._flat = array("Q")
         self._starts = array("q", [0])
@@ -78,15 +86,9 @@ class DistinctPrompts:
         if index == len(self._units):
             self._units.append(unit)
             # The marks make a bigram of a single word, and of no word at all.
-            self._flat.extend(self._hash(word) for word in ("^", *words, "$"))
+            self._flat.extend(map(self._words.__getitem__, ("^", *words, "$")))
             self._starts.append(len(self._flat))
         return index
-
-    def _hash(self, word: str) -> int:
-        known = self._words.get(word)
-        if known is None:
-            known = self._words[word] = int.from_bytes(blake2b(word.encode(), digest_size=8).digest())
-        return known
 
     @property
     def units(self) -> U64:

@@ -8,7 +8,7 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import Engine, Row, func, select, tuple_
+from sqlalchemy import Engine, func, select, tuple_
 
 from loop.events import ResponseLogged, decode_response
 from loop.store.schema import examples
@@ -39,7 +39,7 @@ class Example:
         return decode_response(self.event).data
 
 
-_columns = (
+_columns = (  # as Example has them
     *(examples.c.response_id, examples.c.choice_index, examples.c.key, examples.c.day, examples.c.adapter),
     *(examples.c.arm, examples.c.conversation_id, examples.c.votes, examples.c.up, examples.c.down, examples.c.body),
 )
@@ -57,7 +57,7 @@ def stream_examples(engine: Engine, since_day: date, *, page_rows: int = 1_000) 
     while True:
         with engine.connect() as connection:
             rows = connection.execute(page).all()
-        yield from (_example(row) for row in rows)
+        yield from (Example(*row) for row in rows)
         if len(rows) < page_rows:
             return
         last = rows[-1]
@@ -69,8 +69,3 @@ def count_labels(engine: Engine, since_day: date) -> int:
     query = select(func.count()).where(examples.c.day >= since_day, examples.c.up != examples.c.down)
     with engine.connect() as connection:
         return int(connection.execute(query).scalar_one())
-
-
-def _example(row: Row[*tuple[Any, ...]]) -> Example:
-    values = row._asdict()
-    return Example(event=bytes(values.pop("body")), **values)

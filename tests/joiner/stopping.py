@@ -23,9 +23,10 @@ def main(point: str) -> None:
     """Put the stop in its place, then run the joiner."""
     write, execute = Copy.write, PostgresBulk.execute
 
-    def stopping_write(self: Copy, buffer: Any) -> None:
+    def stopping_write(self: Copy[Any], buffer: bytes) -> None:
+        write(self, buffer[:100])
         _stop()
-        write(self, buffer)
+        write(self, buffer[100:])
 
     def stopping_execute(self: PostgresBulk, sql: str, *values: Any) -> int:
         done = execute(self, sql, *values)
@@ -34,7 +35,7 @@ def main(point: str) -> None:
         return done
 
     if point == "copy":
-        Copy.write = stopping_write  # type: ignore[method-assign]
+        Copy.write = stopping_write  # type: ignore[method-assign,assignment]
     else:
         PostgresBulk.execute = stopping_execute  # type: ignore[method-assign]
     app(["joiner"])
