@@ -52,7 +52,8 @@ class Connection(asyncio.Protocol):
         self._waiting_bytes = 0
         if self._is_paused:
             self._is_paused = False
-            self._transport.resume_reading()
+            if not self._transport.is_closing():  # uvloop's raises there
+                self._transport.resume_reading()
         return block
 
     async def read_all(self) -> bytes:
@@ -102,9 +103,10 @@ class Connection(asyncio.Protocol):
         except (HttpParserError, HttpParserUpgrade) as exc:
             self.fail(GarbageError(str(exc.__context__ or exc)))
             self.abort()
-        if self._waiting_bytes > _HIGH_WATER_BYTES and not self._is_paused:
-            self._is_paused = True
-            self._transport.pause_reading()
+        else:
+            if self._waiting_bytes > _HIGH_WATER_BYTES and not self._is_paused:
+                self._is_paused = True
+                self._transport.pause_reading()
         self._wake()
 
     def eof_received(self) -> None:

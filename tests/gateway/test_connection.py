@@ -77,6 +77,7 @@ async def answer_of(connection: Connection) -> bytes:
     [
         (OK, False, 200, b"hello", True),
         (CHUNKED, False, 200, b"hello", True),
+        (OK + OK, False, 200, b"hello", False),  # more than was asked for
         (CHUNKED[:-2] + b"X-Sum: 1\r\n\r\n", False, 200, b"hello", True),  # a trailer
         (b"HTTP/1.1 100 Continue\r\nX-Interim: 1\r\n\r\n" + OK, False, 200, b"hello", True),
         (b"HTTP/1.1 204 No Content\r\n\r\n", False, 204, b"", True),
