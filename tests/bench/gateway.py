@@ -38,6 +38,10 @@ model_list:
   - model_name: assistant
     litellm_params: {{model: openai/assistant, api_base: "{engine}/v1", api_key: none}}
 """
+_LITELLM_ENVIRONMENT = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # no fetching of prices
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # else it does not start
+}
 _NGINX = """
 daemon off; master_process off; pid {dir}/nginx.pid; error_log {dir}/error.log;
 events {{ worker_connections 1024; }}
@@ -85,7 +89,7 @@ def main() -> None:
             config = folder / "litellm.yaml"
             config.write_text(_LITELLM_CONFIG.format(engine=urls["direct"]))
             command = [litellm, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
-            stack.enter_context(process(urls["LiteLLM"] + "/health/liveliness", *command))
+            stack.enter_context(process(urls["LiteLLM"] + "/health/liveliness", *command, **_LITELLM_ENVIRONMENT))
         urls["gateway"] = f"http://127.0.0.1:{(port := free_port())}"
         environment = {
             "THUMBWHEEL_ENGINE__URLS": json.dumps([urls["direct"]]),
@@ -212,7 +216,7 @@ def load(
 @contextmanager
 def process(health_url: str, *command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """A server process, from its first answer to SIGTERM."""
-    child = subprocess.Popen(command, env=os.environ | environment)
+    child = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL)  # ours is the figures'
     try:
         deadline = time.monotonic() + 120
         while True:
