@@ -11,7 +11,18 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loop.kto.layers import RmsNorm, SwiGlu, _AddLora, _InPlace, _RmsNorm, _SwiGlu, add_lora_in_place, replace_layers
+from loop.kto.layers import (
+    OneProductLora,
+    RmsNorm,
+    SwiGlu,
+    _AddLora,
+    _InPlace,
+    _OneProduct,
+    _RmsNorm,
+    _SwiGlu,
+    replace_layers,
+    speed_up_lora,
+)
 
 
 def test_the_gradients_are_those_of_the_functions() -> None:
@@ -24,6 +35,8 @@ def test_the_gradients_are_those_of_the_functions() -> None:
     a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 8), (8, 2)))
     # What it adds to is overwritten, so each call gets a copy.
     assert torch.autograd.gradcheck(lambda y, x, a, b: _AddLora.apply(y.clone(), x, a, b, 0.7), (y, x, a, b))
+    base = torch.randn(8, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, a, b: _OneProduct.apply(x, base, weight, a, b, 0.7), (x, a, b))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "granite"])
@@ -64,28 +77,41 @@ def test_a_layer_that_is_another_function_stays() -> None:
     assert not any(isinstance(module, RmsNorm) for module in model)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "dropout", "takes_one_product"), [(15, 0.0, False), (300, 0.5, False), (300, 0.0, True)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("linear", [nn.Linear, Linear4bit])
-def test_lora_added_in_place_is_the_same_lora(linear: type[nn.Linear], dtype: torch.dtype) -> None:
+def test_lora_made_faster_is_the_same_lora(
+    linear: type[nn.Linear],
+    dtype: torch.dtype,
+    tokens: int,
+    dropout: float,
+    takes_one_product: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     found = []
-    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    products: list[None] = []
+    apply = _OneProduct.apply
+    monkeypatch.setattr(_OneProduct, "apply", lambda *given: (products.append(None), apply(*given))[1])
+    x = torch.randn(3, tokens // 3, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     for is_ours in (False, True):
         torch.manual_seed(0)
         base = nn.Sequential(linear(64, 64, bias=False), linear(64, 64, bias=False)).to(dtype).to("cpu")
-        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=["0", "1"], init_lora_weights=False)
+        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["0", "1"], init_lora_weights=False)
         model: Any = get_peft_model(base, config)  # type: ignore[arg-type]
         if is_ours:
-            add_lora_in_place(model)
-        assert (
-            any(isinstance(v, _InPlace) for m in model.modules() for v in getattr(m, "lora_variant", {}).values())
-            is is_ours
-        )
+            speed_up_lora(model)
+        layers = list(model.modules())
+        assert any(isinstance(v, _InPlace) for m in layers for v in getattr(m, "lora_variant", {}).values()) is is_ours
+        assert any(isinstance(m, OneProductLora) for m in layers) is (is_ours and linear is nn.Linear)
         torch.manual_seed(2)  # of the dropout
         inputs = x.clone().requires_grad_()
         out = model(inputs)
         out.float().square().sum().backward()
         with model.disable_adapter(), torch.no_grad():
             found.append([out, inputs.grad, *(p.grad for p in model.parameters() if p.requires_grad), model(x)])
+    assert len(products) == (2 if takes_one_product and linear is nn.Linear and dtype == torch.float32 else 0)
     for theirs, ours in zip(*found, strict=True):
         assert theirs.float().norm() > 0
         assert (theirs.float() - ours.float()).norm() <= 1e-5 * theirs.float().norm()
