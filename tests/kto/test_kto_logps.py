@@ -110,6 +110,24 @@ def test_one_launch_for_all_segments_gives_what_one_for_each_gives(
         assert relative(gradient, expected_gradients[name]) < 1e-5, name
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_kernel_for_lengths_that_vary_takes_our_call(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own function and its backward, on tensors without data: arguments, shapes and types are right."""
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda query: True)
+    layout = attention.Layout((attention.Segment(0, 6), attention.Segment(6, 9, ((0, 4),))))
+    query, key, value = (
+        torch.empty(1, heads, 9, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (4, 2, 2)
+    )
+    module = torch.nn.Module()
+    module.layer_idx = 0  # type: ignore[assignment]
+    out, _ = attention.packed_attention(
+        module, query, key, value, None, layout=layout, scaling=0.125, sliding_window=window
+    )
+    assert (out.shape, out.dtype) == ((1, 9, 4, 64), torch.bfloat16)
+    out.sum().backward()  # type: ignore[no-untyped-call]
+    assert all(given.grad is not None and given.grad.shape == given.shape for given in (query, key, value))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention's kernels need CUDA")
 def test_the_kernel_for_lengths_that_vary_agrees_with_a_launch_for_each(
     lora_model: Callable[..., Any], make_rows: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
