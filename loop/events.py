@@ -20,6 +20,7 @@ RESPONSE_TYPE = "thumbwheel.response.logged.v1"
 FEEDBACK_TYPE = "thumbwheel.feedback.given.v1"
 # (?!\n): Python's $ alone lets a newline behind it pass.
 _RESPONSE_ID = re.compile(r"^(?:chatcmpl|cmpl)-([0-9a-f]{16})-[0-9a-f-]{36}$(?!\n)")
+KEY, UUID = slice(-53, -37), slice(-36, None)  # where both are in a response_id, whose prefixes differ in length
 _MESSAGE_DIGEST = re.compile(r"^sha256:([0-9a-f]{32})$(?!\n)")
 
 FeedbackValue = Literal["up", "down", "retract"]

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from loop.events import (
     IMPLICIT_SOURCES,
+    KEY,
     EventError,
     FeedbackEvent,
     ResponseEvent,
@@ -46,7 +47,7 @@ class Response(NamedTuple):
     @property
     def key(self) -> str:
         """What it is partitioned by."""
-        return self.response_id[-53:-37]  # a uuid has 36 characters, a key 16
+        return self.response_id[KEY]
 
     @property
     def day(self) -> str:

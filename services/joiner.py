@@ -177,7 +177,7 @@ class Joiner:
             self._has_letters = False
         if records:
             ends = {partition: end for partition, (_, end) in spans.items()}
-            joining = self._thread.submit(_timed, lambda: apply(self._store, self._reader, batch, spans, prepared))
+            joining = self._thread.submit(_timed, lambda: apply(self._store, self._reader, prepared, spans))
             self._in_hand = InHand(records, batch, ends, read_s, joining)
             self._next |= ends
         if time.monotonic() > self._commit_at:

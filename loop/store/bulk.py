@@ -20,7 +20,7 @@ from sqlalchemy import Column, Connection, Date, Engine, LargeBinary, Table
 from sqlalchemy.dialects import postgresql
 
 Row = tuple[Any, ...]
-Staged = Any  # rows as they are on SQLite; in COPY's format on Postgres
+Staged = Sequence[Row] | bytes  # rows as they are on SQLite; in COPY's format on Postgres
 _LENGTH = struct.Struct("!i")
 _INT = struct.Struct("!iq")
 _NULL = _LENGTH.pack(-1)
@@ -77,10 +77,11 @@ class SqliteBulk:
 
     def __init__(self, cursor: Any) -> None:
         self._cursor = cursor
-        self._staged: Staged = ()
+        self._staged: Sequence[Row] = ()
         self._places: dict[str, int] = {}
 
     def stage(self, columns: Sequence[Column[Any]], rows: Staged) -> None:
+        assert not isinstance(rows, bytes)
         self._staged = rows  # the write lock is held from the beginning on: nothing to win
         self._places = {column.name: n for n, column in enumerate(columns)}
 

@@ -16,6 +16,7 @@ import msgspec
 from sqlalchemy import Engine, func, select
 
 from loop.erasure import Erased
+from loop.events import KEY, UUID
 from loop.join import (
     Batch,
     DeadLetter,
@@ -74,8 +75,9 @@ Span = tuple[Offsets, Offsets]
 
 
 class Prepared(NamedTuple):
-    """What a batch brings near, in the form in which the store takes it, and the days that it is of."""
+    """A batch, what of it comes near in the form in which the store takes it, and the days that it is of."""
 
+    batch: Batch
     rows: Staged
     days: set[str]
 
@@ -84,27 +86,24 @@ def prepare(engine: Engine, batch: Batch) -> Prepared:
     """The part of `apply` that needs no connection: its caller may do it while an earlier batch is applied."""
     rows = [(turn(id), *r[1:], r.day, event) for id, (r, event) in batch.responses.items()]
     rows.sort(key=itemgetter(0))  # the order of the indexes
-    return Prepared(staged_form(engine, _STAGED, rows), {row[-2] for row in rows})
+    return Prepared(batch, staged_form(engine, _STAGED, rows), {row[-2] for row in rows})
 
 
-def apply(
-    engine: Engine, reader: Reader, batch: Batch, spans: Mapping[int, Span], prepared: Prepared | None = None
-) -> Applied:
+def apply(engine: Engine, reader: Reader, prepared: Prepared, spans: Mapping[int, Span]) -> Applied:
     """Join a batch and move the reader's positions, in one transaction.
 
     Raises PositionMovedError, StoreUnavailableError; nothing was changed then.
     """
-    near = prepared or prepare(engine, batch)
     with reaching(engine):
-        ensure_days(engine, near.days)
+        ensure_days(engine, prepared.days)
         with write(engine) as connection:
             bulk = open_bulk(connection)
             # 1. Bulk data comes near before any lock is taken: a process that is stopped here holds up nobody.
-            bulk.stage(_STAGED, near.rows)
+            bulk.stage(_STAGED, prepared.rows)
             # 2. Whoever moves the positions has these partitions to himself until he commits.
             _advance(bulk, reader, spans)
             # 3. What is erased stays out; read behind the positions, so that no erasure falls between.
-            batch, left_out = _without_erased(bulk, batch)
+            batch, left_out = _without_erased(bulk, prepared.batch)
             # 4. Facts before what follows from them.
             added, replaced, inserted, stale = _add_responses(bulk, batch, left_out)
             changed, displaced = _add_votes(bulk, batch.votes)
@@ -349,10 +348,8 @@ def _indexed(bulk: Bulk, column: str, values: set[str]) -> dict[str, Response]:
 
 
 def turn(response_id: str) -> str:
-    """chatcmpl-<key>-<uuid> as <uuid>-<key>-chatcmpl, the order of the store's indexes; a uuid has 36 characters, a key
-    16.
-    """
-    return f"{response_id[-36:]}-{response_id[-53:-37]}-{response_id[:-54]}"
+    """chatcmpl-<key>-<uuid> as <uuid>-<key>-chatcmpl, the order of the store's indexes."""
+    return f"{response_id[UUID]}-{response_id[KEY]}-{response_id[:-54]}"
 
 
 def turn_back(turned_id: str) -> str:

@@ -28,7 +28,7 @@ from loop.registry import get_adapter, register_candidate
 from loop.settings import GatewaySettings, LogSettings, Settings, SnapshotSettings, StoreSettings, TrainSettings
 from loop.snapshot import make_snapshot
 from loop.store.examples import stream_examples
-from loop.store.joining import Reader, apply
+from loop.store.joining import Reader, apply, prepare
 from loop.store.runs import drop_lease, take_lease
 from services import forget as forgetting
 from services.cli import app
@@ -81,7 +81,7 @@ class Machine:
         """Read the whole log from its beginning."""
         with closing(EmbeddedLog(self.settings.log.path)) as log:
             found = [r for topic in TOPICS for n in range(log.partitions) for r in log.read(topic, n, 0, 1000)]
-        apply(self.store, Reader(group, "log"), read_batch(found, TOPICS[0]), {})
+        apply(self.store, Reader(group, "log"), prepare(self.store, read_batch(found, TOPICS[0])), {})
 
     def raters(self) -> set[str]:
         """Who stands in the store."""

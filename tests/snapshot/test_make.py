@@ -22,10 +22,9 @@ from loop.snapshot import Snapshot, load_snapshot, make_snapshot
 from loop.snapshot.prompts import DistinctPrompts, asked, normal_words
 from loop.snapshot.split import unit_of
 from loop.store import open_store
-from loop.store.joining import apply
 from tests.join.traffic import START_MS, feedback, response, response_id
 from tests.snapshot.stored import NOW_MS, example, put
-from tests.store.joined import READER, batch_of
+from tests.store.joined import READER, apply, batch_of
 
 SETTINGS = SnapshotSettings(held_out_share=0.2)
 

@@ -21,12 +21,11 @@ from loop.settings import StoreSettings
 from loop.store import erasures, open_store, write
 from loop.store.bulk import Bulk
 from loop.store.erasures import erase, read_erased
-from loop.store.joining import apply
 from loop.store.schema import dead_letters, examples, response_index, responses, votes
 from tests.join.joined import examples_in
 from tests.join.oracle import examples_of
 from tests.join.traffic import FEEDBACK, RESPONSES, START_MS, colliding_events, feedback, response, response_id
-from tests.store.joined import READER, batch_of, empty
+from tests.store.joined import READER, apply, batch_of, empty
 
 HLC = START_MS << 16
 ANN = "a0" * 16

@@ -30,9 +30,7 @@ from loop.store.examples import count_labels, stream_examples
 from loop.store.joining import (
     Offsets,
     PositionMovedError,
-    apply,
     pending_votes,
-    prepare,
     start_positions,
     turn,
     turn_back,
@@ -50,7 +48,7 @@ from tests.join.traffic import (
     response,
     response_id,
 )
-from tests.store.joined import READER, START, batch_of, empty
+from tests.store.joined import READER, START, apply, batch_of, empty
 
 ID = response_id("a" * 16, 1)
 HLC = START_MS << 16
@@ -140,8 +138,7 @@ def test_a_large_batch_tells_what_of_it_is_new(store: Engine) -> None:
     half, all_but_one = len(many) // 2, len(many) - 1
     assert apply(store, READER, batch_of(*many[:half]), {}).responses == half
     assert apply(store, READER, batch_of(*many[:all_but_one]), {}).responses == all_but_one - half
-    again = batch_of(*many)
-    assert apply(store, READER, again, {}, prepare(store, again)).responses == 1
+    assert apply(store, READER, batch_of(*many), {}).responses == 1
     with store.connect() as connection:
         assert connection.execute(select(func.count()).select_from(responses)).scalar_one() == len(many)
 

@@ -9,13 +9,13 @@ from sqlalchemy import Engine, func, select, text
 from sqlalchemy.exc import OperationalError
 
 from loop.store import retention
-from loop.store.joining import apply, pending_votes, turn_back
+from loop.store.joining import pending_votes, turn_back
 from loop.store.partitions import ensure_days, oldest_day
 from loop.store.retention import retire
 from loop.store.schema import response_index, responses, votes
 from tests.join.joined import examples_in
 from tests.join.traffic import DAY_MS, START_MS, feedback, response, response_id
-from tests.store.joined import READER, batch_of
+from tests.store.joined import READER, apply, batch_of
 
 RETENTION_S = 2 * 86_400
 NOW_MS = START_MS + 10 * DAY_MS
