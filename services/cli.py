@@ -160,7 +160,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
     settings: SettingsFile = None,
 ) -> None:
-    """Train one adapter. Every setting of the section train is a flag too, for instance --beta 0.2 --quantization none."""
+    """Train one adapter. Every setting of the section train is a flag too, such as --beta 0.2 --quantization none."""
     section = _with_flags(_settings(settings).train, context.args)
     _log_to_console()
     from loop.kto import train as training

@@ -74,10 +74,14 @@ def _plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     ):
         points = list(group)
         at = [(run["eval_kl_to_base"], run["eval_accuracy"]) for run in points]
-        axes.plot(*zip(*at, strict=True), "o-", label=f"learning rate {learning_rate:g}", alpha=0.8)
-        for run, place in zip(points, at, strict=True):
-            axes.annotate(f"β {run['beta']:g}", place, xytext=(6, 4), textcoords="offset points")
+        (line,) = axes.plot(*zip(*at, strict=True), "o-", label=f"learning rate {learning_rate:g}", alpha=0.8)
+        for n, (run, place) in enumerate(zip(points, at, strict=True)):
+            # Each a line higher than the one before: betas often come to nearly the same place.
+            named = {"xytext": (8, 11 * n - 4), "textcoords": "offset points", "color": line.get_color()}
+            axes.annotate(f"β {run['beta']:g}", place, **named)
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_xscale("symlog", linthresh=1)  # from learning rate to learning rate it differs by orders of magnitude
+    axes.set_xlim(left=min(0.0, *(run["eval_kl_to_base"] for run in runs)))
     axes.set(xlabel="KL to the base, nats along a validation answer", ylabel="validation accuracy, balanced")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
