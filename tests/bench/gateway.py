@@ -16,7 +16,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+
+from tests.ports import free_port
 
 ROUNDS = 5
 CHUNKS = 50
@@ -231,14 +232,6 @@ def process(health_url: str, *command: str, **environment: str) -> Iterator[subp
     finally:
         child.send_signal(signal.SIGTERM)
         child.wait(30)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

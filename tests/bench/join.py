@@ -41,7 +41,8 @@ from loop.log.open import open_log
 from loop.settings import JoinerSettings, LogSettings, Settings, StoreSettings
 from loop.store import open_store
 from loop.store.schema import positions
-from tests.services_real import RealKafka, free_ports, kafka_home, postgres_binaries, running_postgres
+from tests.ports import free_port
+from tests.services_real import RealKafka, kafka_home, postgres_binaries, running_postgres
 
 NOW_MS = 1_760_000_000_000
 FEEDBACK_SHARE = 0.03
@@ -248,7 +249,7 @@ def join_all(settings: Settings, events: int, joiners: int) -> dict[str, float]:
 
 
 def _start(settings: Settings) -> subprocess.Popen[bytes]:
-    port = free_ports(1)[0]
+    port = free_port()
     environment = os.environ | {
         f"THUMBWHEEL_{section.upper()}__{name.upper()}": value if isinstance(value, str) else json.dumps(value)
         for section, values in {

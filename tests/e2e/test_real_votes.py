@@ -21,7 +21,8 @@ from loop.settings import Settings, load_settings
 from loop.store import open_store
 from loop.store.examples import count_labels
 from loop.store.runs import is_leased, list_runs, run_stages
-from tests.conftest import DEMO_MODEL, ROOT, free_port
+from tests.conftest import DEMO_MODEL, ROOT
+from tests.ports import free_port
 
 SHARED = ROOT.parent / "shared"
 VOTES = SHARED / "data" / "oasst" / "oasst_thumbs_kto.jsonl"

@@ -17,8 +17,9 @@ import aiohttp
 import pytest
 
 from loop.log.embedded import EmbeddedLog
-from tests.conftest import ROOT, free_port
+from tests.conftest import ROOT
 from tests.gateway.conftest import HELLO, read_spool
+from tests.ports import free_port
 from tests.stub_engine import StubEngine
 
 Stub = tuple[StubEngine, str]

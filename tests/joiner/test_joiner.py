@@ -24,10 +24,11 @@ from loop.log.kafka import SESSION_TIMEOUT_S
 from loop.log.open import open_log
 from loop.settings import LogSettings, Settings, StoreSettings
 from loop.store import open_store
-from tests.conftest import free_port, wait_until
+from tests.conftest import wait_until
 from tests.join.joined import examples_in, is_joined
 from tests.join.oracle import examples_of
 from tests.join.traffic import RESPONSES, START_MS, colliding_events, feedback, response, response_id
+from tests.ports import free_port
 from tests.services_real import RealKafka, RealPostgres
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from loop.settings import SettingsError, TrainSettings
 from services.cli import _with_flags
-from tests.conftest import free_port
+from tests.ports import free_port
 
 
 def thumbwheel(*arguments: str) -> subprocess.CompletedProcess[str]:

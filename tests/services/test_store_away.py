@@ -21,7 +21,8 @@ from loop.rollout.swap import open_fleet
 from loop.settings import SchedulerSettings, Settings
 from loop.store import open_store
 from loop.store.runs import get_run, request_run
-from tests.conftest import free_port, wait_until
+from tests.conftest import wait_until
+from tests.ports import free_port
 from tests.services_real import RealPostgres
 
 

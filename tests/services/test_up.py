@@ -19,7 +19,8 @@ from loop.store import open_store
 from loop.store.examples import count_labels
 from services import up
 from services.up import RESTARTS, answers
-from tests.conftest import ROOT, free_port
+from tests.conftest import ROOT
+from tests.ports import free_port
 
 PARTS = ("joiner", "gateway", "scheduler", "console")
 PORTS = ("gateway.port", "gateway.metrics_port", "joiner.metrics_port", "scheduler.metrics_port", "console.port")

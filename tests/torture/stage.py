@@ -13,7 +13,8 @@ from typing import Any
 from loop.log.embedded import EmbeddedLog
 from loop.settings import Settings
 from tests.conftest import ROOT
-from tests.services_real import RealKafka, RealPostgres, free_ports
+from tests.ports import free_port, free_ports
+from tests.services_real import RealKafka, RealPostgres
 
 END_S = 60.0
 
@@ -64,7 +65,7 @@ class Stage:
         self.kafka, self.postgres = kafka, postgres
         self.settings = Settings(log=kafka.settings(path=folder / "log.db"), store=postgres.new_store())
         self._folder = folder
-        (engine_port,) = free_ports(1)
+        engine_port = free_port()
         self._environment = {
             "ENGINE__URLS": f'["http://127.0.0.1:{engine_port}"]',
             "STORE__URL": self.settings.store.url.get_secret_value(),
@@ -93,7 +94,7 @@ class Stage:
     def add_joiner(self) -> Service:
         """One more member of the group."""
         self._joiners_made += 1
-        changes = {"JOINER__METRICS_PORT": str(free_ports(1)[0]), "JOINER__BATCH_EVENTS": "200"}
+        changes = {"JOINER__METRICS_PORT": str(free_port()), "JOINER__BATCH_EVENTS": "200"}
         self.joiners.append(self._service(f"joiner-{self._joiners_made}", ["services.cli", "joiner"], changes))
         return self.joiners[-1]
 
