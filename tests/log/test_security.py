@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from loop.log import LogUnavailableError, NewRecord
+from loop.log import LogUnavailableError, NewRecord, Record
 from loop.log.open import open_log
 from loop.settings import LogSettings
-from tests.services_real import RealKafka, free_ports
+from tests.conftest import wait_until
+from tests.ports import free_ports
+from tests.services_real import RealKafka
 
 PROTOCOLS = ("SASL_PLAINTEXT", "SASL_SSL", "SSL")
 MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
@@ -39,16 +41,18 @@ def broker(apache_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     scram = [x for m in MECHANISMS[1:] for x in ("--add-scram", f"{m}=[name=app,password=secret]")]
     listeners = dict(zip(PROTOCOLS, free_ports(3), strict=True))
     started = RealKafka(apache_home, folder, listeners=listeners, properties=properties, format_arguments=tuple(scram))
-    started.start()
-    yield started
-    started.stop()
+    try:
+        started.start()
+        yield started
+    finally:
+        started.stop(kill=True)
 
 
 def make_certificates(folder: Path, *names: str) -> None:
     """A certificate authority of our own, ca.crt, and for each name a key and what it signed: .key, .crt, .pem."""
 
     def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=60)
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=180)
 
     key = ("-newkey", "rsa:2048", "-nodes", "-keyout")
     openssl("req", "-x509", *key, "ca.key", "-out", "ca.crt", "-subj", "/CN=Test authority", "-days", "2")
@@ -81,11 +85,8 @@ def test_the_log_works_over(broker: RealKafka, protocol: str, mechanism: str | N
     log.append([NewRecord(settings.feedback_topic, "k", b"v")])
     assert sum(log.end_offsets(settings.feedback_topic).values()) == 1
     consumer = log.consumer("readers", [settings.feedback_topic])
-    read = []
-    for _ in range(100):
-        read += consumer.poll(10, 0.2)
-        if read:
-            break
+    read: list[Record] = []
+    wait_until(lambda: bool(read.extend(consumer.poll(10, 0.2)) or read), "read")
     consumer.close()
     log.close()
     assert [record.value for record in read] == [b"v"]
