@@ -7,7 +7,7 @@ import base64
 import itertools
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,11 @@ FLAGS = [
     "--remote-debugging-port=0",
 ]
 SCREENS = {"desktop": (1280, 800, False), "phone": (390, 844, True)}
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
+
+
+class BrowserError(Exception):
+    """A command that the browser refuses."""
 
 
 class Browser:
@@ -48,7 +52,8 @@ class Browser:
                 if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
                     self.problems.append(str(answer["params"]))
                 if answer.get("id") == number:
-                    assert "error" not in answer, answer
+                    if "error" in answer:
+                        raise BrowserError(answer)
                     result: dict[str, Any] = answer["result"]
                     return result
 
@@ -59,11 +64,13 @@ class Browser:
         return result["result"].get("value")
 
     async def wait_for(self, script: str) -> Any:
-        """The first truthy value of an expression."""
+        """The first truthy value of an expression; on a page that is just being left there is none to ask."""
         async with asyncio.timeout(TIMEOUT_S):
-            while not (value := await self.evaluate(script)):
+            while True:
+                with suppress(BrowserError):
+                    if value := await self.evaluate(script):
+                        return value
                 await asyncio.sleep(0.05)
-        return value
 
     async def open(self, url: str, screen: str) -> None:
         width, height, is_mobile = SCREENS[screen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,11 +26,22 @@ from tests.stub_engine import StubEngine, create_stub
 HELLO: dict[str, Any] = {"model": "assistant", "messages": [{"role": "user", "content": "hello"}]}
 
 
-async def serve(app: web.Application) -> tuple[web.AppRunner, str]:
+PATIENCE_S = 120.0
+"""For what happens at once but for a machine that is busy with something else."""
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Look until it is so. Raises TimeoutError when the time is over."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not is_so():
+            await asyncio.sleep(0.01)  # how often we look, within the time
+
+
+async def serve(app: web.Application, port: int = 0) -> tuple[web.AppRunner, str]:
     """The application on a free port of this loop, with the arguments that the real process uses."""
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.5)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
     await site.start()
     return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
 
@@ -96,15 +108,20 @@ async def stub() -> AsyncIterator[tuple[StubEngine, str]]:
 
 
 @pytest.fixture
-async def start(stub: tuple[StubEngine, str], tmp_path: Path) -> AsyncIterator[StartGateway]:
+async def start(
+    stub: tuple[StubEngine, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[StartGateway]:
     """Starts gateways: `await start(capture_timeout_s=…, engine={…})`; fields are those of GatewaySettings."""
+    # A machine that is busy with something else is neither a disk nor an engine that does not answer.
+    monkeypatch.setattr("services.gateway.feedback.WRITE_TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr("services.gateway.engines.HEALTH_TIMEOUT_S", PATIENCE_S)
     runners: list[web.AppRunner] = []
     sessions: list[aiohttp.ClientSession] = []
 
     async def start_one(engine: dict[str, Any] | None = None, store: Path | None = None, **gateway: Any) -> Gateway:
         settings = Settings(
-            engine=EngineSettings(**({"urls": [stub[1]]} | (engine or {}))),
-            gateway=GatewaySettings(**({"route_poll_s": 0.05, "capture_timeout_s": 2.0} | gateway)),
+            engine=EngineSettings(**({"urls": [stub[1]], "connect_timeout_s": PATIENCE_S} | (engine or {}))),
+            gateway=GatewaySettings(**({"route_poll_s": 0.05, "capture_timeout_s": 5.0} | gateway)),
             log=LogSettings(path=tmp_path / "log.db"),
             store=StoreSettings(url=SecretStr(f"sqlite:///{store or tmp_path / 'store.db'}")),
         )

@@ -22,6 +22,7 @@ from loop.settings import EngineSettings
 from services.gateway.connection import Connection, GarbageError
 from services.gateway.engines import Engines
 from services.gateway.errors import Refusal
+from tests.gateway.conftest import PATIENCE_S
 
 HEAD = b"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
@@ -90,7 +91,7 @@ async def answer_of(connection: Connection) -> bytes:
 async def test_every_form_of_an_answer_is_read(
     answer: bytes, is_over: bool, status: int, body: bytes, is_idle: bool
 ) -> None:
-    async with engine(saying(answer, is_over=is_over)) as url, asyncio.timeout(10):
+    async with engine(saying(answer, is_over=is_over)) as url, asyncio.timeout(PATIENCE_S):
         connection = await connect(url)
         assert (await answer_of(connection), connection.status) == (body, status)
         assert "X-Interim" not in dict(connection.headers)
@@ -114,7 +115,7 @@ async def test_every_form_of_an_answer_is_read(
     ids=["other protocol", "length", "chunk", "upgrade", "endless head", "nothing", "half head", "half body", "no end"],
 )
 async def test_what_is_no_answer_or_not_all_of_it_is_an_error(answer: bytes, error: type[Exception]) -> None:
-    async with engine(saying(answer, is_over=True)) as url, asyncio.timeout(10):
+    async with engine(saying(answer, is_over=True)) as url, asyncio.timeout(PATIENCE_S):
         connection = await connect(url)
         with pytest.raises(error):
             await answer_of(connection)
@@ -163,7 +164,7 @@ async def test_an_answer_that_nobody_reads_stays_with_the_engine() -> None:
         sent.set()
         await reader.read()
 
-    async with engine(script) as url, asyncio.timeout(30):
+    async with engine(script) as url, asyncio.timeout(PATIENCE_S):
         connection = await connect(url)
         await connection.ask(HEAD, b"{}")
         while not connection._is_paused:
@@ -189,7 +190,7 @@ async def test_a_connection_is_used_again_once_its_answer_was_read_to_the_end() 
             await is_over.wait()
             writer.write(CHUNKED[-5:])
 
-    async with engine(script) as url, asyncio.timeout(10):
+    async with engine(script) as url, asyncio.timeout(PATIENCE_S):
         engines = Engines(EngineSettings(urls=[url]))
         is_over.set()
         for _ in range(3):
@@ -230,7 +231,7 @@ async def test_a_waiting_connection_that_the_engine_has_spoilt_is_not_used(unask
         spoilt.set()
 
     spoil, spoilt = asyncio.Event(), asyncio.Event()
-    async with engine(script) as url, asyncio.timeout(10):
+    async with engine(script) as url, asyncio.timeout(PATIENCE_S):
         engines = Engines(EngineSettings(urls=[url]))
         for _ in range(2):
             with await engines.post("/v1/x", b"{}", {}) as answer:
@@ -278,7 +279,7 @@ async def test_an_engine_behind_tls_is_reached_where_its_certificate_is_trusted(
     path = certificate(tmp_path / "engine.pem")
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(path)
-    async with engine(script, tls) as url, asyncio.timeout(10):
+    async with engine(script, tls) as url, asyncio.timeout(PATIENCE_S):
         engines = Engines(EngineSettings(urls=[url]))
         with pytest.raises(Refusal, match="Service Unavailable"):
             await engines.post("/v1/x", b"{}", {})

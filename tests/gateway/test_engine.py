@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 from services.gateway.proxy import not_served
 from tests.conftest import RealEngine
-from tests.gateway.conftest import Gateway, StartGateway
+from tests.gateway.conftest import Gateway, StartGateway, until
 
 pytestmark = pytest.mark.engine
 OPENAI_NODE = "openai@7.57.0"
@@ -95,7 +95,7 @@ async def test_vllm_takes_the_minted_id(through: Gateway) -> None:
 async def test_vllm_stops_when_the_client_has_left(through: Gateway, engine: RealEngine) -> None:
     # Many answers at once: on a busy machine a single one may have ended before its first chunk is read here.
     ask = {"model": "assistant", "messages": MESSAGES, "max_tokens": 400, "stream": True, "ignore_eos": True, "n": 32}
-    async with aiohttp.ClientSession() as http, asyncio.timeout(60):
+    async with aiohttp.ClientSession() as http, asyncio.timeout(240):
 
         async def figure(name: str) -> float:
             async with http.get(engine.url + "/metrics") as metrics:
@@ -109,9 +109,7 @@ async def test_vllm_stops_when_the_client_has_left(through: Gateway, engine: Rea
         while await figure("num_requests_running") > 0:
             await asyncio.sleep(0.02)
         assert await figure("generation_tokens_total") - before < 0.5 * 32 * 400
-    async with asyncio.timeout(5):
-        while not through.responses():
-            await asyncio.sleep(0.02)
+    await until(lambda: bool(through.responses()))
     assert through.responses()[0].aborted
 
 
@@ -222,7 +220,8 @@ async def output_of(*command: str | Path, cwd: Path) -> Any:
 
 async def test_openai_for_node_works(through: Gateway, tmp_path: Path) -> None:
     script = shutil.copy(Path(__file__).with_name("openai_node.mjs"), tmp_path)
-    npm = ("npm", "install", "--prefix", tmp_path, "--no-audit", "--no-fund", "--no-save", "--json", OPENAI_NODE)
+    quiet = ("--no-audit", "--no-fund", "--no-save", "--json", "--fetch-retries=8")
+    npm = ("npm", "install", "--prefix", tmp_path, *quiet, OPENAI_NODE)
     await output_of(*npm, cwd=tmp_path)
     found = await output_of("node", script, through.url, cwd=tmp_path)
     assert found["whole"] == found["streamed"] != ""
@@ -240,6 +239,7 @@ async def test_the_litellm_client_works(through: Gateway, tmp_path: Path) -> Non
         "install",
         "-qq",
         "--disable-pip-version-check",
+        "--retries=12",
         "--no-deps",
         "--target",
         tmp_path,

@@ -11,7 +11,8 @@ import pytest
 from aiohttp import web
 
 from services.gateway import engines
-from tests.gateway.conftest import HELLO, Gateway, StartGateway, serve
+from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, serve, until
+from tests.ports import free_port
 from tests.stub_engine import StubEngine, create_stub
 
 Stub = tuple[StubEngine, str]
@@ -45,7 +46,10 @@ async def test_more_than_aiohttps_hundred_connections_are_open_upstream(start: S
 
     runner, url = await replica(answer)
     gateway = await start(engine={"urls": [url]})
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as gateway.http, asyncio.timeout(30):
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as gateway.http,
+        asyncio.timeout(PATIENCE_S),
+    ):
         answers = await asyncio.gather(*(gateway.chat() for _ in range(150)))
     assert {status for status, _, _ in answers} == {200}
     await runner.cleanup()
@@ -73,9 +77,7 @@ async def test_above_the_bound_requests_are_a_503_at_once(start: StartGateway, s
         assert len(stub[0].requests) == 2
         one.close()
         other.close()
-    async with asyncio.timeout(5):
-        while gateway.parts.open_requests:
-            await asyncio.sleep(0.01)
+    await until(lambda: not gateway.parts.open_requests)
     assert (await gateway.chat())[0] == 200
 
 
@@ -127,8 +129,7 @@ async def test_a_dead_replica_is_taken_out_and_back_without_a_failed_request(
 ) -> None:
     monkeypatch.setattr(engines, "HEALTH_EVERY_S", 0.05)
     other = StubEngine()
-    runner, url = await serve(create_stub(other))
-    port = runner.addresses[0][1]
+    runner, url = await serve(create_stub(other), port := free_port())
     gateway = await start(engine={"urls": [url, stub[1]]})
     first, second = gateway.parts.engines.replicas
     statuses: list[int] = []
@@ -138,11 +139,6 @@ async def test_a_dead_replica_is_taken_out_and_back_without_a_failed_request(
         while not stop.is_set():
             statuses.append((await gateway.chat())[0])
 
-    async def until(is_there: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not is_there():
-                await asyncio.sleep(0.01)
-
     chats = [asyncio.create_task(chat()) for _ in range(4)]
     await until(lambda: len(other.requests) > 10)
     await runner.cleanup()
@@ -151,9 +147,7 @@ async def test_a_dead_replica_is_taken_out_and_back_without_a_failed_request(
     at = len(stub[0].requests)
     await until(lambda: len(stub[0].requests) > at + 20)
     again = StubEngine()
-    runner = web.AppRunner(create_stub(again), access_log=None, handler_cancellation=True)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
+    runner, _ = await serve(create_stub(again), port)
     await until(lambda: len(again.requests) > 10)
     assert first.is_up
     assert second.is_up
@@ -183,9 +177,7 @@ async def test_an_engine_that_is_ill_gets_no_requests(
     runner, url = await serve(app)
     gateway: Gateway = await start(engine={"urls": [url, stub[1]]})
     is_well = False
-    async with asyncio.timeout(5):
-        while gateway.parts.engines.replicas[0].is_up:
-            await asyncio.sleep(0.01)
+    await until(lambda: not gateway.parts.engines.replicas[0].is_up)
     asked.clear()
     for _ in range(5):
         assert (await gateway.chat())[0] == 200

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from loop.events import hash_rater
-from tests.gateway.conftest import HELLO, Gateway, StartGateway, read_spool
+from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, read_spool
 from tests.gateway.test_process import Process
 from tests.stub_engine import StubEngine
 
@@ -154,7 +154,7 @@ async def test_on_a_full_disk_chat_goes_on_and_no_vote_is_accepted_that_is_not_t
             # From now on no file of the process grows beyond this, as on a disk that is full.
             _, hard = resource.prlimit(process.child.pid, resource.RLIMIT_FSIZE)
             resource.prlimit(process.child.pid, resource.RLIMIT_FSIZE, (150_000, hard))
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_S):
                 for number in range(1, 2_000):
                     async with http.post(process.url + "/v1/chat/completions", json=HELLO) as response:
                         assert response.status == 200
@@ -163,7 +163,7 @@ async def test_on_a_full_disk_chat_goes_on_and_no_vote_is_accepted_that_is_not_t
                         break
             assert 503 in statuses
             resource.prlimit(process.child.pid, resource.RLIMIT_FSIZE, (hard, hard))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while await vote(9_999) != 202:
                     await asyncio.sleep(0.1)
         assert {given.feedback_id for given in read_spool(process.spool_path)[1]} >= set(accepted)

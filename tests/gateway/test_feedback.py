@@ -14,7 +14,7 @@ from loop.events import FeedbackEvent, hash_rater, key_of_message_id
 from loop.join import Batch, read_vote
 from loop.log import LogUnavailableError
 from services.gateway.identity import Claim, TokenSigner
-from tests.gateway.conftest import Gateway, StartGateway
+from tests.gateway.conftest import Gateway, StartGateway, until
 
 RESPONSE_ID = "chatcmpl-0123456789abcdef-01890000-0000-7000-8000-000000000000"
 KEY = {"Authorization": "Bearer k1"}
@@ -320,9 +320,8 @@ async def test_an_answer_that_is_asked_for_again_gets_a_weak_vote_down(start: St
     ]
     for other in others:
         assert (await gateway.chat(**(asked | other)))[0] == 200
-    async with asyncio.timeout(5):
-        while len(found := gateway.feedback()) < 2:  # no answer waits for them
-            await asyncio.sleep(0.01)
+    await until(lambda: len(gateway.feedback()) >= 2)  # no answer waits for them
+    found = gateway.feedback()
     assert [(given.response_id, given.value, given.source, given.weight) for given in found] == [
         (ids[0], "down", "regenerate", 0.2),
         (ids[1], "down", "regenerate", 0.2),

@@ -221,7 +221,7 @@ async def test_langfuses_own_client_scores_and_takes_it_back(
         monkeypatch.delenv(name, raising=False)
 
     def use_it() -> None:
-        client = langfuse.Langfuse(public_key="pk-lf-1", secret_key="k1", base_url=gateway.url)
+        client = langfuse.Langfuse(public_key="pk-lf-1", secret_key="k1", base_url=gateway.url, timeout=120)
         client.create_score(
             name="user-feedback", value=True, data_type="BOOLEAN", trace_id=trace_of("m"), comment="yes"
         )

@@ -6,10 +6,12 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 
 from loop.log.embedded import EmbeddedLog
 from tests.conftest import ROOT
-from tests.gateway.conftest import HELLO, read_spool
+from tests.gateway.conftest import HELLO, PATIENCE_S, read_spool, until
 from tests.ports import free_port
 from tests.stub_engine import StubEngine
 
@@ -51,7 +53,7 @@ class Process:
         )
 
     async def wait_until_up(self) -> None:
-        async with aiohttp.ClientSession() as http, asyncio.timeout(30):
+        async with aiohttp.ClientSession() as http, asyncio.timeout(PATIENCE_S):
             while True:
                 try:
                     async with http.get(self.url + "/healthz") as response:
@@ -61,12 +63,18 @@ class Process:
                     await asyncio.sleep(0.02)
 
     async def wait_until_ended(self) -> int:
-        return await asyncio.to_thread(self.child.wait, 30)
+        return await asyncio.to_thread(self.child.wait, PATIENCE_S)
 
 
 @pytest.fixture
-def process(stub: Stub, tmp_path: Path) -> Iterator[Process]:
-    environment = {"THUMBWHEEL_ENGINE__URLS": json.dumps([stub[1]]), "THUMBWHEEL_GATEWAY__DRAIN_TIMEOUT_S": "2"}
+def process(stub: Stub, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Process]:
+    """A gateway in front of the stub; its parameter is how long it drains."""
+    environment = {
+        "THUMBWHEEL_ENGINE__URLS": json.dumps([stub[1]]),
+        "THUMBWHEEL_GATEWAY__DRAIN_TIMEOUT_S": getattr(request, "param", f"{PATIENCE_S:.0f}"),
+        # The longest: on a busy machine, a slow write is no broken disk.
+        "THUMBWHEEL_GATEWAY__CAPTURE_TIMEOUT_S": "5",
+    }
     started = Process(tmp_path, **environment)
     yield started
     if started.child.poll() is None:
@@ -99,9 +107,7 @@ async def test_what_was_acknowledged_is_in_the_spool_after_kill_9(process: Proce
 
     async with aiohttp.ClientSession() as http:
         tasks = [asyncio.create_task(work(http)) for work in (thumbs, thumbs, thumbs, chats, chats, chats)]
-        async with asyncio.timeout(30):
-            while len(accepted) < 200 or len(received) < 200:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(accepted) >= 200 and len(received) >= 200)
         process.child.send_signal(signal.SIGKILL)
         results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(result, aiohttp.ClientError | OSError) for result in results), results
@@ -109,7 +115,7 @@ async def test_what_was_acknowledged_is_in_the_spool_after_kill_9(process: Proce
     responses, feedback = read_spool(process.spool_path)
     assert set(accepted) <= {given.feedback_id for given in feedback}
     late = set(received) - {logged.response_id for logged in responses}
-    assert len(late) <= 0.05 * len(received)  # those that took over 50 ms on a busy machine went out all the same
+    assert len(late) <= 0.05 * len(received)  # those that took too long on a busy machine went out all the same
     # What only the journal has is taken up at the next start, and the journal is gone.
     left = list(process.spool_path.parent.glob("journal-*"))
     assert left
@@ -136,18 +142,19 @@ async def test_open_streams_end_in_order_on_sigterm(process: Process) -> None:
     assert not logged.aborted
 
 
+@pytest.mark.parametrize("process", ["2"], indirect=True)
 async def test_streams_that_do_not_end_are_cut_off_at_the_drains_end(process: Process) -> None:
     await process.wait_until_up()
     ask = HELLO | {"stream": True, "stub": {"fault": "stall"}}
     async with aiohttp.ClientSession() as http:
         async with http.post(process.url + "/v1/chat/completions", json=ask) as response:
             await response.content.readany()
-            process.child.send_signal(signal.SIGTERM)
             started = time.monotonic()
+            process.child.send_signal(signal.SIGTERM)
             with pytest.raises(aiohttp.ClientError):
                 await response.read()
     assert await process.wait_until_ended() == 0
-    assert 1.5 < time.monotonic() - started < 8
+    assert time.monotonic() - started >= 2  # and not an hour, as the engine would have taken
     (logged,) = read_spool(process.spool_path)[0]
     assert logged.aborted
 
@@ -156,9 +163,10 @@ async def test_metrics_have_their_own_port(process: Process) -> None:
     await process.wait_until_up()
     async with aiohttp.ClientSession() as http:
         await post(http, process.url + "/v1/chat/completions", HELLO)
-        async with http.get(process.metrics_url + "/metrics") as response:
-            text = await response.text()
-        assert 'thumbwheel_gateway_requests_total{arm="live",endpoint="chat",status="200"} 1.0' in text
+        counted = 'thumbwheel_gateway_requests_total{arm="live",endpoint="chat",status="200"}'
+        async with asyncio.timeout(PATIENCE_S):
+            while await count(http, process, counted) != 1:  # counted once it is answered
+                await asyncio.sleep(0.01)
         async with http.get(process.metrics_url + "/readyz") as response:
             assert response.status == 200
         for path in ("/metrics", "/readyz"):
@@ -166,14 +174,25 @@ async def test_metrics_have_their_own_port(process: Process) -> None:
                 assert response.status == 404
 
 
+def first_line_after(url: str, head: bytes) -> bytes:
+    """What a server says though it may hang up before it has read all; clients that write on do not look for it."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+        with suppress(ConnectionError):
+            connection.sendall(head)
+        return connection.recv(1024).partition(b"\r\n")[0]
+
+
 async def test_the_process_says_so_for_one_large_header_and_does_not_buffer_a_huge_one(process: Process) -> None:
     await process.wait_until_up()
-    for size, status in ((20_000, 200), (40_000, 431), (1_000_000, 400)):
+    for size, status in ((20_000, 200), (40_000, 431)):
         async with (
             aiohttp.ClientSession() as http,
             http.get(process.url + "/v1/models", headers={"X-Large": "x" * size}) as response,
         ):
             assert response.status == status
+    head = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Large: " + b"x" * 1_000_000 + b"\r\n\r\n"
+    assert b" 400 " in await asyncio.to_thread(first_line_after, process.url, head)
 
 
 async def test_operators_routes_are_not_on_the_public_port(process: Process) -> None:
@@ -191,10 +210,18 @@ def test_the_gateway_needs_neither_torch_nor_the_store_to_start() -> None:
     assert set(done.stdout.split()).isdisjoint({"torch", "transformers", "sqlalchemy", "vllm", "kafka"})
 
 
-async def test_it_is_up_within_a_second_of_processor_time(process: Process) -> None:
+LIBRARIES = "import aiohttp.web, msgspec, prometheus_client, pydantic, uvloop"
+
+
+async def test_until_it_is_up_it_costs_little_more_than_its_libraries(process: Process) -> None:
     await process.wait_until_up()
-    fields = Path(f"/proc/{process.child.pid}/stat").read_text().rpartition(")")[2].split()
-    assert (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") < 1.5
+    # Of the first thread: what another one loads meanwhile, nobody waits for.
+    stat = Path(f"/proc/{process.child.pid}/task/{process.child.pid}/stat").read_text()
+    fields = stat.rpartition(")")[2].split()
+    program = f"{LIBRARIES}; import time; print(time.process_time())"
+    least = [subprocess.run([sys.executable, "-c", program], capture_output=True, check=True) for _ in range(2)]
+    # Half a second, and 0.9 s in all, on the machine that this was written on; a slower one takes longer for both.
+    assert (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") < 3 * max(float(one.stdout) for one in least)
 
 
 # --- several on one port ---------------------------------------------------------------------------------------------
@@ -202,6 +229,14 @@ async def test_it_is_up_within_a_second_of_processor_time(process: Process) -> N
 
 def children_of(pid: int) -> set[int]:
     return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def is_running(pid: int) -> bool:
+    """Not one that has ended and is still to be buried, by whoever inherited it."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.fixture
@@ -230,7 +265,10 @@ async def test_several_processes_share_the_ports_and_their_metrics(three: Proces
     sources = set()
     asked = 0
     tokens = []
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http, asyncio.timeout(60):
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http,
+        asyncio.timeout(PATIENCE_S),
+    ):
         while len(sources) < 3:  # the kernel deals them out by a hash
             async with http.post(three.url + "/v1/chat/completions", json=HELLO) as response:
                 assert response.status == 200
@@ -241,6 +279,8 @@ async def test_several_processes_share_the_ports_and_their_metrics(three: Proces
             log.close()
             sources = {json.loads(value)["source"] for value in values}
         assert sources == {f"thumbwheel/gateway/gateway-1-{number}" for number in range(3)}
+        while await count(http, three, "thumbwheel_gateway_requests_total") < asked:  # counted once it is answered
+            await asyncio.sleep(0.01)
         for _ in range(5):  # whichever answers
             assert await count(http, three, "thumbwheel_gateway_requests_total") == asked
         for token in tokens:  # whichever signed it
@@ -254,7 +294,7 @@ async def test_several_processes_share_the_ports_and_their_metrics(three: Proces
 
 async def test_a_process_that_dies_is_started_again_and_all_end_with_the_first(three: Process) -> None:
     await three.wait_until_up()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while len(before := children_of(three.child.pid)) < 3:
             await asyncio.sleep(0.02)
         os.kill(min(before), signal.SIGKILL)
@@ -262,5 +302,5 @@ async def test_a_process_that_dies_is_started_again_and_all_end_with_the_first(t
             await asyncio.sleep(0.02)
         assert before - after == {min(before)}
         three.child.kill()
-        while any(Path(f"/proc/{pid}/status").exists() for pid in after):
+        while any(map(is_running, after)):
             await asyncio.sleep(0.02)
