@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
+from typing import TypeVar
 
 from sqlalchemy import Engine
 
@@ -10,7 +13,23 @@ from loop.log import EventLog, LogUnavailableError
 from loop.settings import Settings
 from loop.store.examples import stream_examples
 from loop.store.joining import Reader, start_positions
+from tests.conftest import wait_until
 from tests.join.oracle import Examples
+
+T = TypeVar("T")
+
+
+def told(ask: Callable[[], T]) -> T:
+    """What the log answers, once it can be asked: brokers may just be coming back, or one of them be gone."""
+    answers: list[T] = []
+
+    def is_told() -> bool:
+        with suppress(LogUnavailableError):
+            answers.append(ask())
+        return bool(answers)
+
+    wait_until(is_told, "answered by the log")
+    return answers[0]
 
 
 def is_joined(store: Engine, log: EventLog, settings: Settings) -> bool:

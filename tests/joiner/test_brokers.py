@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import starmap
 from pathlib import Path
 
@@ -19,39 +20,41 @@ from loop.store import open_store
 from loop.store.joining import Reader, read_positions
 from services.gateway.forward import forwarding
 from tests.conftest import wait_until
-from tests.join.joined import examples_in, is_joined
+from tests.join.joined import examples_in, is_joined, told
 from tests.join.oracle import examples_of
 from tests.join.traffic import colliding_events
 from tests.joiner.test_joiner import Start, on_topics_of, start  # noqa: F401
 from tests.services_real import RealKafka
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(scope="module")
 def brokers(apache_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RealKafka, RealKafka]]:
     """The controller, which also keeps the groups' offsets, and one that may go away."""
-    first = RealKafka(apache_home, tmp_path_factory.mktemp("first"))
-    first.start()
-    log = open_log(first.settings())
-    consumer = log.consumer("makes the offsets' topic", ["t"])
-    wait_until(lambda: consumer.poll(1, 0.1) == [] and (first.folder / "log" / "__consumer_offsets-0").exists(), "made")
-    consumer.close()
-    log.close()
-    second = RealKafka(apache_home, tmp_path_factory.mktemp("second"), first=first)
-    second.start()
-    yield first, second
-    for broker in (second, first):
-        broker.stop(kill=True)
+    with ExitStack() as stack:
+
+        def started(name: str, first: RealKafka | None = None) -> RealKafka:
+            broker = RealKafka(apache_home, tmp_path_factory.mktemp(name), first=first)
+            stack.callback(broker.stop, kill=True)
+            broker.start()
+            return broker
+
+        first = started("first")
+        log = open_log(first.settings())
+        consumer = log.consumer("makes the offsets' topic", ["t"])
+        made = first.folder / "log" / "__consumer_offsets-0"
+        wait_until(lambda: consumer.poll(1, 0.1) == [] and made.exists(), "made")
+        consumer.close()
+        log.close()
+        yield first, started("second", first)
 
 
-def read_all(log: EventLog, settings: LogSettings, number: int) -> list[Record]:
-    """Everything in both topics, once at least `number` records are."""
-    consumer = log.consumer("reads all", [settings.responses_topic, settings.feedback_topic])
+def read_all(log: EventLog, settings: LogSettings) -> list[Record]:
+    """Everything in both topics."""
+    topics = (settings.responses_topic, settings.feedback_topic)
+    number = told(lambda: sum(sum(log.end_offsets(topic).values()) for topic in topics))
+    consumer = log.consumer("reads all", topics)
     read: list[Record] = []
     wait_until(lambda: bool(read.extend(consumer.poll(2_000, 0.5))) or len(read) >= number, "read")
-    while found := consumer.poll(2_000, 1.0):
-        read += found
     consumer.close()
     return read
 
@@ -82,6 +85,11 @@ def test_a_broker_away_holds_up_only_what_it_leads(
         places = ((topic, n) for topic in topics for n in range(settings.log.partitions))
         return {place for place in places if spool.read(*place, 0, 1)}
 
+    def away() -> set[tuple[str, int]]:
+        """Those that have no leader, as far as brokers know by now."""
+        led = told(lambda: {(topic, n) for topic in topics for n in log.end_offsets(topic)})
+        return {(e.topic, partition_of(e.key, settings.log.partitions)) for e in events} - led
+
     joiner = start(settings)
 
     def unseen() -> float:
@@ -94,25 +102,23 @@ def test_a_broker_away_holds_up_only_what_it_leads(
         spool.append(events[300:600])
         wait_until(lambda: unseen() > 0, "seen that some have no leader")
         spool.append(events[600:])
-        led = {(topic, n) for topic in topics for n in log.end_offsets(topic)}
-        away = {(e.topic, partition_of(e.key, settings.log.partitions)) for e in events} - led
-        assert 0 < len(away) < 8
-        wait_until(lambda: left() == away, "sent all but what has no broker")
-        ends = [log.end_offsets(topic) for topic in topics]
-        reader = Reader(settings.joiner.group, log.identity())
+        wait_until(lambda: left() == away() != set(), "sent all but what has no broker")
+        assert len(away()) < 8
+        ends = told(lambda: [log.end_offsets(topic) for topic in topics])
+        reader = Reader(settings.joiner.group, told(log.identity))
 
         def is_behind(topic: int, partition: int, end: int) -> bool:
             return read_positions(store, reader)[partition][topic] < end
 
         behind = [(n, partition, end) for n in (0, 1) for partition, end in ends[n].items()]
         wait_until(lambda: not any(starmap(is_behind, behind)), "joined that")
-        assert unseen() == len(away)
+        wait_until(lambda: unseen() == len(away()), "seen which have none")
         second.start()
         wait_until(lambda: not left() and is_joined(store, log, settings), "joined the rest")
         wait_until(lambda: unseen() == 0, "seen all again")
     assert joiner.signal(signal.SIGTERM) == 0
     assert examples_in(store) == examples_of(events, settings.log.responses_topic)
-    assert by_key(read_all(log, settings.log, len(events))) == by_key(events)
+    assert by_key(read_all(log, settings.log)) == by_key(events)
     spool.close()
     log.close()
     store.dispose()
@@ -137,5 +143,5 @@ def test_without_enough_replicas_nothing_is_taken_and_nothing_is_lost(
     monkeypatch.undo()
     log.append(records[100:200])
     log.append(records[200:])
-    assert by_key(read_all(log, settings, len(records))) == by_key(records)
+    assert by_key(read_all(log, settings)) == by_key(records)
     log.close()
