@@ -12,7 +12,7 @@ from loop.log import EventLog, Record
 from loop.log.open import open_log
 from loop.settings import LogSettings
 from loop.store import open_store
-from tests.join.joined import examples_in, is_joined
+from tests.join.joined import examples_in, is_joined, told
 from tests.join.oracle import Examples, examples_of
 from tests.services_real import RealKafka, RealPostgres
 from tests.torture.faults import Faults
@@ -58,7 +58,7 @@ def settle_and_judge(stage: Stage, promised: Promised) -> dict[str, int]:
     for gateway in stage.gateways:
         gateway.end()
     settings = stage.settings
-    log, store = open_log(settings.log), open_store(settings.store)
+    log, store = told(lambda: open_log(settings.log)), open_store(settings.store)
     wait_until(lambda: is_joined(store, log, settings), "joined")
     for joiner in stage.joiners:
         joiner.end()
@@ -92,7 +92,7 @@ def _thumbs(examples: Examples, id: tuple[str, int]) -> int:
 def read_all(log: EventLog, settings: LogSettings) -> list[Record]:
     """Everything in both topics, in order within each partition."""
     topics = (settings.responses_topic, settings.feedback_topic)
-    size = sum(sum(log.end_offsets(topic).values()) for topic in topics)
+    size = told(lambda: sum(sum(log.end_offsets(topic).values()) for topic in topics))
     consumer = log.consumer("torture-judge", topics)
     records: list[Record] = []
 

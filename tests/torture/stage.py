@@ -6,17 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loop.log.embedded import EmbeddedLog
 from loop.settings import Settings
+from services.gateway.journal import left_in
 from tests.conftest import ROOT
 from tests.ports import free_port, free_ports
 from tests.services_real import RealKafka, RealPostgres
 
-END_S = 60.0
+END_S = 180.0
 
 
 @dataclass(eq=False)
@@ -99,9 +101,13 @@ class Stage:
         return self.joiners[-1]
 
     def unsent(self) -> int:
-        """Records in the gateways' spools, which Kafka has not got."""
+        """Records in the gateways' journals and spools, which Kafka has not got."""
         log = self.settings.log
+        # The journals first: what moves from one to the spool meanwhile is counted twice, not missed.
         waiting = 0
+        for file in log.path.parent.glob("journal-*"):
+            with suppress(FileNotFoundError):  # done with
+                waiting += len(left_in(file))
         for gateway in self.gateways:
             spool = EmbeddedLog(log.path.with_name(f"spool-{gateway.name}.db"), log.partitions)
             topics = (log.responses_topic, log.feedback_topic)

@@ -9,6 +9,7 @@ from pathlib import Path
 from loop.events import decode_feedback
 from loop.log import Record
 from loop.log.open import open_log
+from tests.join.joined import told
 from tests.join.oracle import examples_of
 from tests.join.traffic import RESPONSES, START_MS, feedback, response, response_id
 from tests.services_real import RealKafka, RealPostgres
@@ -22,7 +23,7 @@ async def test_one_fault_of_each_kind_loses_nothing_and_doubles_nothing(
     apache_kafka: RealKafka, postgres: RealPostgres, tmp_path: Path
 ) -> None:
     shown: list[str] = []
-    found = await torture(apache_kafka, postgres, tmp_path, seed=1, faults=len(KINDS), seconds=60, show=shown.append)
+    found = await torture(apache_kafka, postgres, tmp_path, seed=1, faults=len(KINDS), seconds=400, show=shown.append)
     assert found.pop("events") > 500, shown
     assert found == {"faults": len(KINDS), "lost": 0, "doubled": 0, "wrong_label": 0}, shown
 
@@ -61,8 +62,10 @@ async def test_with_kafka_away_under_load_all_arrives_afterwards_in_order(
 
 
 def sum_of_ends(stage: Stage) -> int:
-    log, settings = open_log(stage.settings.log), stage.settings.log
-    ends = sum(sum(log.end_offsets(topic).values()) for topic in (settings.responses_topic, settings.feedback_topic))
+    settings = stage.settings.log
+    log = told(lambda: open_log(settings))
+    topics = (settings.responses_topic, settings.feedback_topic)
+    ends = told(lambda: sum(sum(log.end_offsets(topic).values()) for topic in topics))
     log.close()
     return ends
 
