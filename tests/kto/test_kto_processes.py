@@ -5,7 +5,6 @@ import io
 import json
 import multiprocessing
 import os
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from loop.kto.train import train
 from loop.settings import TrainSettings
 from services.cli import app
 from tests.kto.conftest import write
+from tests.ports import free_port
 
 SETTINGS = TrainSettings(
     quantization="none",
@@ -49,9 +49,7 @@ def in_processes(
     count: int, settings: TrainSettings, data: Path, model_dir: Path, out: Path, **environment: str
 ) -> None:
     """`train` in `count` processes, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = (settings, data, model_dir, out)
     children = [FORKS.Process(target=_rank, args=(rank, count, environment, arguments)) for rank in range(count)]
     for child in children:
@@ -138,7 +136,7 @@ def test_a_command_killed_takes_its_processes_with_it_and_another_ends_as_an_unb
         assert process.poll() is None
         time.sleep(0.001)
     process.kill()
-    process.communicate(timeout=60)  # until the last of its processes has closed its output
+    process.communicate(timeout=180)  # until the last of its processes has closed its output
     assert not broken.exists()
     in_processes(2, settings, data, model_dir, broken)
     wanted = load_file(tmp_path / "whole" / "adapter_model.safetensors")
@@ -157,7 +155,16 @@ def test_wandb_gets_the_metrics_where_it_is_asked_for(data: Path, model_dir: Pat
     settings = SETTINGS.model_copy(update={"report_to": "wandb"})
     runs = tmp_path / "wandb"
     runs.mkdir()
-    in_processes(1, settings, data, model_dir, tmp_path / "out", WANDB_MODE="offline", WANDB_DIR=str(runs))
+    in_processes(
+        1,
+        settings,
+        data,
+        model_dir,
+        tmp_path / "out",
+        WANDB_MODE="offline",
+        WANDB_DIR=str(runs),
+        WANDB__SERVICE_WAIT="180",
+    )
     (kept,) = runs.glob("wandb/offline-run-*/run-*.wandb")
     for line in metrics_of(tmp_path / "out"):  # protocol buffers, with the values in JSON
         assert json.dumps(line["loss"]).encode() in kept.read_bytes()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +107,23 @@ def test_vllm_takes_the_adapters_config(data: Path, model_dir: Path, tmp_path: P
     assert done.stdout.splitlines()[-1:] == ["4 32 list []"], done.stderr[-2000:]
 
 
+# `python -m loop.kto.train`, killed when it has logged so many steps: somebody else might come too late for that.
+DYING = """
+import os, signal, sys
+from loop.kto import progress, train
+
+log, last = progress.Watch.log, int(sys.argv[1])
+
+def log_and_die(watch, metrics):
+    log(watch, metrics)
+    if metrics["step"] == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+progress.Watch.log = log_and_die
+train.main(sys.argv[2:])
+"""
+
+
 @pytest.mark.parametrize(("dropout", "logged"), [(0.0, 5), (0.2, 12)])  # dropout's generator has to come back too
 def test_killed_at_any_step_and_started_again_it_ends_with_the_adapter_of_an_unbroken_run(
     dropout: float, logged: int, data: Path, model_dir: Path, tmp_path: Path
@@ -115,18 +131,13 @@ def test_killed_at_any_step_and_started_again_it_ends_with_the_adapter_of_an_unb
     settings = SETTINGS.model_copy(update={"lora_dropout": dropout, "num_train_epochs": 4})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     (tmp_path / "settings.json").write_text(settings.model_dump_json())
-    command = [sys.executable, "-m", "loop.kto.train", "--settings-json", str(tmp_path / "settings.json")]
+    command = [sys.executable, "-c", DYING, str(logged), "--settings-json", str(tmp_path / "settings.json")]
     command += ["--data", str(data), "--model", str(model_dir), "--out", str(broken)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     train(settings, data, model_dir, whole, console=quiet())
 
-    log = partial_dir(broken) / "metrics.jsonl"
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while not (log.exists() and len(log.read_text().splitlines()) >= logged):
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    assert len((partial_dir(broken) / "metrics.jsonl").read_text().splitlines()) == logged
     assert not broken.exists()
 
     assert train(settings, data, model_dir, broken, console=quiet())["steps"] == 24
