@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-import time
+from types import SimpleNamespace
 
+import pytest
 from sqlalchemy import Engine
 
 from loop.store.runs import drop_lease, list_runs, next_run, request_run, set_run, take_lease
 from services.scheduler import _Heartbeat, ask_for_run
 
 
-def test_the_clock_does_not_ask_twice_while_a_run_is_open(store: Engine) -> None:
+def test_the_clock_does_not_ask_twice_while_a_run_is_open(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(1_800_000_000)  # two runs of one millisecond would have one name
+    monkeypatch.setattr("services.scheduler.time", SimpleNamespace(time=lambda: next(seconds)))
     first = ask_for_run(store)
     assert ask_for_run(store).run_id == first.run_id
     set_run(store, first.run_id, "skipped", "skipped: 0 of 500 labels", 1)
@@ -55,10 +59,8 @@ def test_twenty_threads_taking_one_lease_give_one_holder(store: Engine) -> None:
 
 def test_a_lost_lease_ends_the_work_under_it() -> None:
     answers = iter([True, False])
-    started = time.monotonic()
     with _Heartbeat(lambda: next(answers), 0.05, threading.Event()) as over:
-        assert over.wait(10)
-    assert time.monotonic() - started < 10
+        assert over.wait(180)
 
 
 def test_a_stopping_process_ends_the_work_under_a_lease() -> None:
@@ -66,4 +68,4 @@ def test_a_stopping_process_ends_the_work_under_a_lease() -> None:
     with _Heartbeat(lambda: True, 0.05, stop) as over:
         assert not over.is_set()
         stop.set()
-        assert over.wait(10)
+        assert over.wait(180)

@@ -37,7 +37,7 @@ def server(postgres: RealPostgres) -> Iterator[RealPostgres]:
 def status(url: str) -> int:
     """The status of a page; 0 where nobody answers."""
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        with urllib.request.urlopen(url, timeout=180) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as exc:
         with exc:
@@ -88,7 +88,7 @@ def test_they_wait_for_the_store_and_outlive_its_restart(server: RealPostgres, t
     finally:
         for process in processes:
             process.send_signal(signal.SIGTERM)
-        ended = [process.wait(60) for process in processes]
+        ended = [process.wait(180) for process in processes]
     assert ended == [0, 0]
     assert "Traceback" not in "".join(path.read_text() for path in logs.values())
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 from sqlalchemy import Engine
@@ -112,7 +112,7 @@ def units(rows: list[dict[str, Any]], table: list[Any]) -> tuple[set[str], set[s
 
 
 @given(messy)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 def test_nothing_of_a_held_out_unit_is_trained_on(drawn: list[dict[str, Any]]) -> None:
     rows = rows_of(drawn)
     _, train, held_out = snapshot_of(rows)
@@ -138,7 +138,7 @@ def prompt_is_held_out(prompt: str, rows: list[dict[str, Any]]) -> bool:
 
 
 @given(st.lists(messy, min_size=2, max_size=3))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 def test_what_was_held_out_stays_held_out_as_data_grows(nights: list[list[dict[str, Any]]]) -> None:
     rows: list[dict[str, Any]] = []
     held_ids: set[str] = set()
@@ -187,7 +187,7 @@ def test_where_clusters_merge_held_out_wins() -> None:
 
 
 @given(messy, st.randoms(use_true_random=False))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 def test_the_same_examples_in_any_order_give_the_same_snapshot(drawn: list[dict[str, Any]], rng: random.Random) -> None:
     rows = rows_of(drawn)
     shuffled = rng.sample(rows, len(rows))

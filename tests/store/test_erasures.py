@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 from sqlalchemy import Engine, delete, select
@@ -127,7 +127,7 @@ def _one_response(events: list[NewRecord], random_: random.Random) -> str:
     return random_.choice(ids) if ids else ID
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32),
     size=st.integers(1, 60),

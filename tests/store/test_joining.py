@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 from sqlalchemy import Engine, func, select
@@ -82,7 +82,7 @@ def _id(record: NewRecord) -> str:
     return response
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 80), random_=st.randoms(use_true_random=False))
 def test_everything_twice_in_any_order_gives_the_oracles_examples(
     sqlite: Engine, seed: int, size: int, random_: random.Random
