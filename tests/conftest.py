@@ -93,7 +93,7 @@ class RealEngine:
             self.process = subprocess.Popen(
                 engine_command(settings), stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"vLLM ended while starting:\n{self.log.read_text()[-3000:]}"
             try:
@@ -101,7 +101,7 @@ class RealEngine:
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)  # polled until it answers, within the deadline above
-        raise AssertionError(f"vLLM did not start within 240 s:\n{self.log.read_text()[-3000:]}")
+        raise AssertionError(f"vLLM did not start within 400 s:\n{self.log.read_text()[-3000:]}")
 
     def stop(self) -> None:
         if self.process is not None:
