@@ -146,7 +146,7 @@ def test_the_lock_pins_what_the_project_asks_for() -> None:
 def run_install(*arguments: str, path: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": path, "PYTHON": "python-that-is-not-there"}
     return subprocess.run(
-        ["/bin/bash", DEPLOY / "install.sh", *arguments], env=environment, capture_output=True, text=True, timeout=60
+        ["/bin/bash", DEPLOY / "install.sh", *arguments], env=environment, capture_output=True, text=True, timeout=180
     )
 
 
@@ -163,7 +163,7 @@ def test_the_install_script_says_what_it_expects(tmp_path: Path) -> None:
         env={"PATH": str(tmp_path), "PYTHON": "python-that-is-not-there"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert done.returncode == 1
     assert "python-that-is-not-there" in done.stderr
@@ -177,6 +177,6 @@ def test_the_install_script_installs_nothing_that_is_there() -> None:
 
 
 def test_make_lists_its_targets() -> None:
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=180)
     for target in ("demo", "test", "bench", "bench-trainer", "bench-gateway", "bench-join", "demo-model", "lint"):
         assert f"make {target} " in done.stdout

@@ -27,7 +27,7 @@ from loop.store import open_store
 from loop.store.runs import list_runs, run_stages
 from tests.conftest import RealEngine
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

@@ -30,14 +30,12 @@ class Promised:
     """Ids of feedback that got a 202."""
 
 
-async def put_load(urls: list[str], users: int, seed: int, stop: asyncio.Event) -> Promised:
+async def put_load(urls: list[str], users: int, seed: int, promised: Promised, stop: asyncio.Event) -> None:
     """Let users chat and vote through any of the gateways until `stop` is set."""
-    promised = Promised()
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as http, asyncio.TaskGroup() as group:
         for n in range(users):
             group.create_task(_use(http, urls, random.Random(f"{seed} {n}"), promised, stop))
-    return promised
 
 
 async def _use(

@@ -21,6 +21,7 @@ from tests.torture.stage import Stage
 
 GATEWAYS, JOINERS, USERS = 2, 2, 16
 SETTLE_S = 180.0
+LEAST_EVENTS = 500  # on a slow machine, the faults may be over before them
 
 
 async def torture(
@@ -38,13 +39,16 @@ async def torture(
     Raises AssertionError where a process crashed, or where all is not joined within SETTLE_S after the last fault.
     """
     stage = Stage(kafka, postgres, folder, GATEWAYS, JOINERS)
-    stop = asyncio.Event()
+    promised, stop = Promised(), asyncio.Event()
     try:
-        load = asyncio.create_task(put_load([gateway.url for gateway in stage.gateways], USERS, seed, stop))
+        load = asyncio.create_task(put_load([gateway.url for gateway in stage.gateways], USERS, seed, promised, stop))
         harm = Faults(stage, seed, faults, time.monotonic() + seconds, show)
         await harm.run()
+        while len(promised.responses) + len(promised.feedback) < LEAST_EVENTS:
+            assert not load.done(), "the load has ended by itself"
+            await asyncio.sleep(0.1)
         stop.set()
-        promised = await load
+        await load
         show("waiting until everything is joined")
         found = await asyncio.to_thread(settle_and_judge, stage, promised)
     finally:
