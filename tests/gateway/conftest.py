@@ -121,10 +121,13 @@ async def start(
     async def start_one(engine: dict[str, Any] | None = None, store: Path | None = None, **gateway: Any) -> Gateway:
         settings = Settings(
             engine=EngineSettings(**({"urls": [stub[1]], "connect_timeout_s": PATIENCE_S} | (engine or {}))),
-            gateway=GatewaySettings(**({"route_poll_s": 0.05, "capture_timeout_s": 5.0} | gateway)),
+            gateway=GatewaySettings(**({"route_poll_s": 0.05} | gateway)),
             log=LogSettings(path=tmp_path / "log.db"),
             store=StoreSettings(url=SecretStr(f"sqlite:///{store or tmp_path / 'store.db'}")),
         )
+        if "capture_timeout_s" not in gateway:  # longer than anybody may set it: see above
+            patient = settings.gateway.model_copy(update={"capture_timeout_s": PATIENCE_S})
+            settings = settings.model_copy(update={"gateway": patient})
         app = create_app(settings)
         runner, url = await serve(app)
         runners.append(runner)
