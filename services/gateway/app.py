@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import resource
 import signal
 import time
@@ -25,7 +24,7 @@ from services.gateway.engines import Engines
 from services.gateway.errors import Refusal
 from services.gateway.feedback import feedback
 from services.gateway.forward import forwarding
-from services.gateway.identity import KeyRing
+from services.gateway.identity import KeyRing, is_loopback
 from services.gateway.langfuse import create_scores, delete_score, drop_traces, ingest
 from services.gateway.openapi import document, page
 from services.gateway.parts import MAX_HEADERS, PARTS, Parts
@@ -186,14 +185,6 @@ async def _refuse_to_be_open(parts: Parts) -> None:
             f"gateway.host is {gateway.host!r} but {why}: without one the gateway binds to loopback only; make "
             "one with `thumbwheel keys add NAME`, or set gateway.api_keys, or gateway.host = '127.0.0.1'"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def _freeze(parts: Parts) -> None:
