@@ -35,7 +35,7 @@ KEPT_FREE_BYTES = 256 * 1024 * 1024  # of the disk, for feedback
 MAX_BATCH = 500
 REDACT_WITHIN_S = 10.0  # at the end, what waits for that still
 MAX_WAITING_BYTES = 128 * 1024 * 1024
-CLOCK = "hlc"  # the meta entry with the clock's last stamp
+CLOCK = "hlc"  # the meta entry with the highest stamp of all the processes that share the log
 
 _log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class Spool:
         if not records:
             return True
         try:
-            self._log.write(records, {CLOCK: str(max(stamps))} if stamps else None)
+            self._log.write(records, None, {CLOCK: max(stamps)} if stamps else None)
         except LogUnavailableError as exc:
             self._fail(exc)
             return False
