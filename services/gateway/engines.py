@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
 from loop.settings import EngineSettings
@@ -136,7 +136,7 @@ class Engines:
         tried: list[Replica] = []
         # A single replica gets a second try too: a pooled connection may have been closed at that very moment.
         for _ in range(max(2, len(self.replicas))):
-            replica = min(self.replicas, key=lambda r: (r in tried, not r.is_up, r.open_requests))
+            replica = self._least_loaded(tried)
             try:
                 return await self._ask(replica, self._head(replica, method, path, body, headers), body)
             except ConnectionError as exc:
@@ -149,6 +149,11 @@ class Engines:
                 raise Refusal(502, f"the engine's answer is not HTTP: {exc}", code="engine_failed") from exc
         message = f"no engine takes requests now ({type(failure).__name__}); try again"
         raise Refusal(503, message, code="engine_unavailable", retry_after_s=RETRY_AFTER_S) from failure
+
+    def _least_loaded(self, tried: Sequence[Replica]) -> Replica:
+        if len(self.replicas) == 1:
+            return self.replicas[0]
+        return min(self.replicas, key=lambda replica: (replica in tried, not replica.is_up, replica.open_requests))
 
     async def _ask(self, replica: Replica, head: bytes, body: bytes) -> Answer:
         """The answer up to its first byte, for until then another replica can give it; all of it where the engine does
