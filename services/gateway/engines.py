@@ -160,12 +160,11 @@ class Engines:
         not stream. Raises ConnectionError, TimeoutError and GarbageError.
         """
         replica.open_requests += 1
-        connection = timer = None
+        connection = None
         try:
             connection = replica.take() or await self._connect(replica)
             deadline_s = self._loop.time() + self._timeout_s
-            timer = self._loop.call_at(deadline_s, connection.fail, TimeoutError())
-            await connection.ask(head, body)
+            await connection.ask(head, body, deadline_s)
             # The engine's own word on whether it streams: it is more lenient than we in what it takes for `true`.
             is_stream = connection.status == 200 and connection.content_type == "text/event-stream"
             first = await (connection.read() if is_stream else connection.read_all())
@@ -175,9 +174,6 @@ class Engines:
             if connection is not None:
                 connection.abort()
             raise
-        finally:
-            if timer is not None:
-                timer.cancel()
 
     def _head(self, replica: Replica, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
         given = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -196,13 +192,13 @@ class Engines:
     async def _check(self, replica: Replica) -> None:
         replica.prune(IDLE_CONNECTION_S)
         try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                connection = await replica.connect(HEALTH_TIMEOUT_S)
-                try:
-                    await connection.ask(self._head(replica, "GET", "/health", b"", {}), b"")
-                    self._mark(replica, connection.status == 200)
-                finally:
-                    connection.abort()
+            deadline_s = self._loop.time() + HEALTH_TIMEOUT_S
+            connection = await replica.connect(HEALTH_TIMEOUT_S)
+            try:
+                await connection.ask(self._head(replica, "GET", "/health", b"", {}), b"", deadline_s)
+                self._mark(replica, connection.status == 200)
+            finally:
+                connection.abort()
         except (OSError, GarbageError):  # TimeoutError among them
             self._mark(replica, False)
 
