@@ -74,7 +74,6 @@ class Spool:
         self._journal = Journal(journal)
         self._slow_s = slow_s
         self._slow_until = 0.0
-        self._hurry = threading.Event()
         self._log = log
         self._waiting_bytes = waiting_bytes
         self._redactor = redactor
@@ -82,6 +81,7 @@ class Spool:
         self._redacting_bytes = 0
         self._quota_bytes = quota_bytes
         self._loop = asyncio.get_running_loop()
+        self._collected: list[_Job] = []
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._put_bytes = 0  # each counter has one writing thread, so that their difference needs no lock
         self._settled_bytes = 0
@@ -120,8 +120,8 @@ class Spool:
             await self._redactor.close()
         if self._redacting:
             await asyncio.wait(self._redacting)
+        self._hand_over()
         self._jobs.put(None)
-        self._hurry.set()
         await asyncio.to_thread(self._thread.join)
 
     async def _redact(self, job: _Job, redactor: Redactor) -> None:
@@ -148,9 +148,17 @@ class Spool:
 
     def _put(self, job: _Job) -> None:
         self._put_bytes += job.size
-        self._jobs.put(job)
+        self._collected.append(job)
         if job.place is None:
-            self._hurry.set()
+            self._hand_over()
+        elif len(self._collected) == 1:
+            # Waking the thread takes the interpreter from the event loop, which has an answer to finish just now.
+            self._loop.call_later(COLLECT_S, self._hand_over)
+
+    def _hand_over(self) -> None:
+        for job in self._collected:
+            self._jobs.put(job)
+        self._collected.clear()
 
     def _write_ahead(self, job: _Job) -> bool:
         (record,) = job.records
@@ -202,8 +210,6 @@ class Spool:
         batch: list[_Job] = []
         try:
             job = self._jobs.get(timeout=timeout_s)
-            self._hurry.wait(COLLECT_S)
-            self._hurry.clear()
             while job is not None:
                 batch.append(job)
                 if len(batch) == MAX_BATCH:
