@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import hmac
+import io
 import os
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -196,9 +198,24 @@ def _checked(decoder: msgspec.json.Decoder[Any], expected_type: str, value: byte
     return envelope
 
 
-def random_key() -> str:
+class RandomBytes:
+    """The kernel's random bytes, many at a time: each system call gives the interpreter's lock away."""
+
+    def __init__(self) -> None:
+        self._left = io.BytesIO()
+
+    def take(self, count: int) -> bytes:
+        """So many of them, none of which were given before."""
+        taken = self._left.read(count)
+        if len(taken) < count:
+            self._left = io.BytesIO(os.urandom(4096))
+            taken = self._left.read(count)
+        return taken
+
+
+def random_key(take: Callable[[int], bytes] = os.urandom) -> str:
     """A key for a response whose app gave no message id: 16 random hex digits."""
-    return os.urandom(8).hex()
+    return take(8).hex()
 
 
 def message_digest(message_id: str) -> str:
@@ -232,9 +249,9 @@ def hash_rater(salt: bytes, rater: str) -> str:
     )  # 128 bits: no two raters meet by chance
 
 
-def uuid7(now_ms: int) -> str:
+def uuid7(now_ms: int, take: Callable[[int], bytes] = os.urandom) -> str:
     """A version 7 UUID (RFC 9562, section 5.7): 48 bits of milliseconds, then random ones."""
-    ms, rand = f"{now_ms & (1 << 48) - 1:012x}", os.urandom(10)
+    ms, rand = f"{now_ms & (1 << 48) - 1:012x}", take(10)
     tail = rand[2:].hex()
     return f"{ms[:8]}-{ms[8:]}-7{rand[:2].hex()[1:]}-{'89ab'[rand[2] >> 6]}{tail[1:4]}-{tail[4:]}"
 

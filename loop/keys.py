@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Scope = Literal["chat", "feedback", "admin"]
-# chat: the OpenAI API | feedback: votes for any rater, and tokens | admin: models by name, outside of the arms
+# chat: the OpenAI API | feedback: votes for any rater, and tokens
+# admin: models by name, outside of the arms, and the operator pages
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "tw-"  # so that a scanner for leaked secrets can find one
 ID_CHARS = 12

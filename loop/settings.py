@@ -416,10 +416,10 @@ class SchedulerSettings(Section):
 
 
 class ConsoleSettings(Section):
-    """Operator pages."""
+    """Operator pages, for API keys with the scope admin."""
 
     host: str = "127.0.0.1"
-    """Address to listen on."""
+    """Address to listen on; loopback only, as long as there is no API key."""
     port: Port = 8090
     """Port."""
     gateway_url: str | None = None

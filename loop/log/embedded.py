@@ -28,6 +28,10 @@ from loop.log.partition import partition_of
 
 _INSERT = "INSERT INTO records (id, timestamp_ms, key, headers, value) VALUES "
 _ROW = "(?, ?, ?, ?, ?)"
+_RAISE = """
+    INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value
+    WHERE CAST(value AS INTEGER) < CAST(excluded.value AS INTEGER)
+"""
 _ROWS = 100  # of one statement: each gives the interpreter's lock away, which a busy event loop is slow to give back
 RETENTION_EVERY_S = 60.0
 RETENTION_ROWS = 1_000  # deleted in one transaction, so that appends do not wait for long
@@ -62,9 +66,16 @@ class EmbeddedLog:
         self.write(records)
         self.sync()
 
-    def write(self, records: Sequence[NewRecord], meta: Mapping[str, str] | None = None) -> None:
+    def write(
+        self,
+        records: Sequence[NewRecord],
+        meta: Mapping[str, str] | None = None,
+        highest: Mapping[str, int] | None = None,
+    ) -> None:
         """Commit the records, and `meta` with them, in one transaction: what survives kill -9 of the process, not yet a
-        power cut. Raises LogUnavailableError, with none of them written.
+        power cut. Of what `highest` names, the meta keeps the highest number that any process has written.
+
+        Raises LogUnavailableError, with none of them written.
         """
         now_ms = int(time.time() * 1000)
         with self._transaction() as connection:
@@ -81,6 +92,8 @@ class EmbeddedLog:
                 connection.execute(_INSERT + ", ".join([_ROW] * len(some)), list(chain.from_iterable(some)))
             for name, text in (meta or {}).items():
                 connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, text))
+            for name, number in (highest or {}).items():
+                connection.execute(_RAISE, (name, str(number)))
         if self._retention_s is not None and time.monotonic() > self._next_retention:
             self._next_retention = time.monotonic() + RETENTION_EVERY_S
             self.drop_older_than(now_ms - int(self._retention_s * 1000))

@@ -1,16 +1,14 @@
 """The operator pages' process: one route table, the store and the gateway's client opened and closed around it.
 
-The pages ask for no password, so they bind to loopback unless a setting says otherwise, and other sites' scripts are
-kept from posting through an operator's browser. Knows the store and the gateway; never the engine, never torch.
+Who may open them is `access.py`'s. Knows the store and the gateway; never the engine, never torch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -20,12 +18,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from loop.settings import Settings
 from loop.store import open_store
 from services.console import pages, playground
+from services.console.access import Handler, guard, open_keys
 from services.console.parts import GATEWAY, SETTINGS, STORE, open_templates, render
 from services.waiting import when_there
 
 log = logging.getLogger("thumbwheel.console")
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
@@ -80,6 +77,7 @@ async def _open_parts(app: web.Application) -> AsyncIterator[None]:
         stop.set()  # cancelled while it waits
     assert store is not None
     app[STORE] = store
+    await open_keys(app)
     keys = settings.gateway.api_keys
     gateway = settings.gateway
     host = (
@@ -106,25 +104,6 @@ def _say(exc: Exception) -> None:
 async def _add_headers(_: web.Request, response: web.StreamResponse) -> None:
     for name, value in HEADERS.items():
         response.headers.setdefault(name, value)
-
-
-@web.middleware
-async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse what another site's page may have sent: a foreign Host on loopback (DNS rebinding), a cross-site POST."""
-    if _is_loopback(request.app[SETTINGS].console.host) and not _is_loopback(request.url.host or ""):
-        raise web.HTTPForbidden(text=f"host {request.host[:120]!r} is not this machine; open the pages by localhost")
-    if request.method == "POST":
-        site = request.headers.get("Sec-Fetch-Site", "same-origin")
-        if site != "same-origin" or request.content_type != "application/json":
-            raise web.HTTPForbidden(text="only these pages may post here, as application/json")
-    return await handler(request)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @web.middleware

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import resource
 import signal
 import time
@@ -25,7 +24,7 @@ from services.gateway.engines import Engines
 from services.gateway.errors import Refusal
 from services.gateway.feedback import feedback
 from services.gateway.forward import forwarding
-from services.gateway.identity import KeyRing
+from services.gateway.identity import KeyRing, is_loopback
 from services.gateway.langfuse import create_scores, delete_score, drop_traces, ingest
 from services.gateway.openapi import document, page
 from services.gateway.parts import MAX_HEADERS, PARTS, Parts
@@ -34,6 +33,7 @@ from services.gateway.redactor import Redactor
 from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
 from services.gateway.routes import RouteWatch
 from services.gateway.spool import CLOCK, Spool
+from services.gateway.tally import Tally
 from services.gateway.tokens import make_token
 
 _CANCEL_S = 1.0  # for handlers that were cancelled at the end of the drain
@@ -188,14 +188,6 @@ async def _refuse_to_be_open(parts: Parts) -> None:
         )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 async def _freeze(parts: Parts) -> None:
     """What was loaded by now stays: the collector need not look through it while streams wait, 40 ms each time."""
     await parts.routes.is_known.wait()  # SQLAlchemy is in memory
@@ -222,8 +214,10 @@ def _parts(settings: Settings) -> Callable[[web.Application], AsyncIterator[None
         spool = Spool(log, waiting_bytes, gateway.spool_quota_bytes, journal, gateway.capture_timeout_s, redactor)
         engines = Engines(settings.engine)
         keys = KeyRing((key.get_secret_value() for key in gateway.api_keys), is_local=is_loopback(gateway.host))
-        routes = RouteWatch(settings.engine.alias, gateway.gateway_id, settings.store, log, gateway.route_poll_s, keys)
-        app[PARTS] = Parts(settings, engines, routes, spool, redactor, HybridClock(int(log.get_meta(CLOCK) or 0)))
+        alias, poll_s, tally = settings.engine.alias, gateway.route_poll_s, Tally()
+        routes = RouteWatch(alias, gateway.gateway_id, settings.store, log, poll_s, keys, tally)
+        clock = HybridClock(int(log.get_meta(CLOCK) or 0))
+        app[PARTS] = Parts(settings, engines, routes, spool, redactor, clock, tally)
         tasks = [asyncio.create_task(routes.watch()), asyncio.create_task(engines.watch())]
         with forwarding(log, settings.log):
             yield

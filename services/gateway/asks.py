@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import Raw
+from multidict import istr
 
 from loop.events import hash_rater
 from services.gateway.errors import Refusal
@@ -22,10 +23,12 @@ Endpoint = Literal["chat", "completions"]
 MAX_ID_CHARS = 256
 MAX_TRACE_CHARS = 512
 # What apps may call their ids in headers: our names, and Open WebUI's (ENABLE_FORWARD_USER_INFO_HEADERS).
-_CONVERSATION = ("X-Thumbwheel-Conversation-Id", "X-OpenWebUI-Chat-Id")
-_MESSAGE = ("X-Thumbwheel-Message-Id", "X-OpenWebUI-Message-Id")
-_TASK = ("X-Thumbwheel-Task", "X-OpenWebUI-Task")
-_USER = ("X-OpenWebUI-User-Id",)
+_CONVERSATION = istr("X-Thumbwheel-Conversation-Id"), istr("X-OpenWebUI-Chat-Id")
+_MESSAGE = istr("X-Thumbwheel-Message-Id"), istr("X-OpenWebUI-Message-Id")
+_TASK = istr("X-Thumbwheel-Task"), istr("X-OpenWebUI-Task")
+_USER = (istr("X-OpenWebUI-User-Id"),)
+_STORE = istr("X-Thumbwheel-Store")
+_TRACEPARENT, _TRACESTATE = istr("traceparent"), istr("tracestate")
 _HASHED_BYTES = 65_536  # of a first turn; images inside of it may have megabytes
 _TRUE = Raw(b"true")
 # Everything else in a body is a sampling parameter as far as the log is concerned.
@@ -95,7 +98,7 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
     conversation_id = _id(_header(headers, _CONVERSATION) or metadata.get("conversation_id"), "conversation")
     is_task = bool(_header(headers, _TASK) or metadata.get("task"))  # a title, tags: nobody sees it, nobody votes on it
     choices = _value(fields, "n")
-    is_stored = headers.get("X-Thumbwheel-Store", "").lower() != "false" and _value(fields, "store") is not False
+    is_stored = headers.get(_STORE, "").lower() != "false" and _value(fields, "store") is not False
     return Ask(
         endpoint=endpoint,
         fields=fields,
@@ -116,13 +119,12 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
 
 def read_trace(headers: Mapping[str, str]) -> dict[str, str]:
     """The W3C trace context, to be passed on; what cannot be one is left out, as that standard says."""
-    if "traceparent" not in headers:
+    if _TRACEPARENT not in headers:
         return {}
-    found = ((name, headers.get(name, "")) for name in ("traceparent", "tracestate"))
     return {
         name: value
-        for name, value in found
-        if value and len(value) <= MAX_TRACE_CHARS and value.isascii() and value.isprintable()
+        for name in (_TRACEPARENT, _TRACESTATE)
+        if (value := headers.get(name)) and len(value) <= MAX_TRACE_CHARS and value.isascii() and value.isprintable()
     }
 
 

@@ -34,17 +34,26 @@ class Connection(asyncio.Protocol):
         self._is_paused = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._deadline_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
-    async def ask(self, head: bytes, body: bytes) -> None:
-        """Send a request and wait for its answer's `status` and `headers`. Raises ConnectionError and GarbageError."""
+    async def ask(self, head: bytes, body: bytes, deadline_s: float) -> None:
+        """Send a request and wait for its answer's `status` and `headers`.
+
+        `deadline_s`, by the event loop's clock and never before the last request's, ends this and reading the answer.
+        Raises ConnectionError, GarbageError and TimeoutError.
+        """
         self._is_complete = False
+        self._deadline_s = deadline_s
+        if self._timer is None:  # else it looks again when it is due: one timer for many requests
+            self._timer = self._loop.call_at(deadline_s, self._look_at_the_time)
         self.status, self.headers, self._waiting_bytes = 0, [], 0
         self._transport.writelines((head, body))
         while not self.status:
             await self._more()
 
     async def read(self) -> bytes:
-        """What has come of the body; empty at its end. Raises ConnectionError and GarbageError."""
+        """What has come of the body; empty at its end. Raises ConnectionError, GarbageError and TimeoutError."""
         while not self._blocks and not self._is_complete:
             await self._more()
         block = b"".join(self._blocks)
@@ -57,7 +66,7 @@ class Connection(asyncio.Protocol):
         return block
 
     async def read_all(self) -> bytes:
-        """The body. Raises ConnectionError and GarbageError."""
+        """The body. Raises ConnectionError, GarbageError and TimeoutError."""
         blocks = []
         while block := await self.read():
             blocks.append(block)
@@ -80,8 +89,16 @@ class Connection(asyncio.Protocol):
         self._is_open = False
         self._transport.abort()
 
-    def fail(self, error: Exception) -> None:
-        """Raise it where an answer is waited for."""
+    def _look_at_the_time(self) -> None:
+        self._timer = None
+        if self._is_complete:
+            return
+        if self._loop.time() >= self._deadline_s:
+            self._fail(TimeoutError())
+        else:
+            self._timer = self._loop.call_at(self._deadline_s, self._look_at_the_time)
+
+    def _fail(self, error: Exception) -> None:
         if self._error is None and not self._is_complete:
             self._error = error
             self._wake()
@@ -101,7 +118,7 @@ class Connection(asyncio.Protocol):
             if not self.status and self._waiting_bytes > _MAX_HEAD_BYTES:
                 raise HttpParserError(f"headers of more than {_MAX_HEAD_BYTES} bytes")
         except (HttpParserError, HttpParserUpgrade) as exc:
-            self.fail(GarbageError(str(exc.__context__ or exc)))
+            self._fail(GarbageError(str(exc.__context__ or exc)))
             self.abort()
         else:
             if self._waiting_bytes > _HIGH_WATER_BYTES and not self._is_paused:
@@ -118,7 +135,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_open = False
-        self.fail(exc if isinstance(exc, ConnectionError) else ConnectionResetError("the engine hung up"))
+        if self._timer is not None:
+            self._timer.cancel()
+        self._fail(exc if isinstance(exc, ConnectionError) else ConnectionResetError("the engine hung up"))
         del self._parser  # which refers to us
 
     def on_header(self, name: bytes, value: bytes) -> None:

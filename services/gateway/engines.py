@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
 from loop.settings import EngineSettings
@@ -136,7 +136,7 @@ class Engines:
         tried: list[Replica] = []
         # A single replica gets a second try too: a pooled connection may have been closed at that very moment.
         for _ in range(max(2, len(self.replicas))):
-            replica = min(self.replicas, key=lambda r: (r in tried, not r.is_up, r.open_requests))
+            replica = self._least_loaded(tried)
             try:
                 return await self._ask(replica, self._head(replica, method, path, body, headers), body)
             except ConnectionError as exc:
@@ -150,17 +150,21 @@ class Engines:
         message = f"no engine takes requests now ({type(failure).__name__}); try again"
         raise Refusal(503, message, code="engine_unavailable", retry_after_s=RETRY_AFTER_S) from failure
 
+    def _least_loaded(self, tried: Sequence[Replica]) -> Replica:
+        if len(self.replicas) == 1:
+            return self.replicas[0]
+        return min(self.replicas, key=lambda replica: (replica in tried, not replica.is_up, replica.open_requests))
+
     async def _ask(self, replica: Replica, head: bytes, body: bytes) -> Answer:
         """The answer up to its first byte, for until then another replica can give it; all of it where the engine does
         not stream. Raises ConnectionError, TimeoutError and GarbageError.
         """
         replica.open_requests += 1
-        connection = timer = None
+        connection = None
         try:
             connection = replica.take() or await self._connect(replica)
             deadline_s = self._loop.time() + self._timeout_s
-            timer = self._loop.call_at(deadline_s, connection.fail, TimeoutError())
-            await connection.ask(head, body)
+            await connection.ask(head, body, deadline_s)
             # The engine's own word on whether it streams: it is more lenient than we in what it takes for `true`.
             is_stream = connection.status == 200 and connection.content_type == "text/event-stream"
             first = await (connection.read() if is_stream else connection.read_all())
@@ -170,9 +174,6 @@ class Engines:
             if connection is not None:
                 connection.abort()
             raise
-        finally:
-            if timer is not None:
-                timer.cancel()
 
     def _head(self, replica: Replica, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
         given = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -191,13 +192,13 @@ class Engines:
     async def _check(self, replica: Replica) -> None:
         replica.prune(IDLE_CONNECTION_S)
         try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                connection = await replica.connect(HEALTH_TIMEOUT_S)
-                try:
-                    await connection.ask(self._head(replica, "GET", "/health", b"", {}), b"")
-                    self._mark(replica, connection.status == 200)
-                finally:
-                    connection.abort()
+            deadline_s = self._loop.time() + HEALTH_TIMEOUT_S
+            connection = await replica.connect(HEALTH_TIMEOUT_S)
+            try:
+                await connection.ask(self._head(replica, "GET", "/health", b"", {}), b"", deadline_s)
+                self._mark(replica, connection.status == 200)
+            finally:
+                connection.abort()
         except (OSError, GarbageError):  # TimeoutError among them
             self._mark(replica, False)
 

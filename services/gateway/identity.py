@@ -7,6 +7,7 @@ browser may hold it: it only permits a vote on that response, as that rater, unt
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from base64 import b64decode, urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -77,6 +78,14 @@ def presented_key(authorization: str) -> str:
         return b64decode(value, validate=True).decode().partition(":")[2] if scheme.lower() == "basic" else ""
     except ValueError:  # not Base64, or not text
         return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class TokenSigner:

@@ -39,7 +39,7 @@ class _File:
     end: int = _DONE.size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
     """Behind one record of the journal."""
 

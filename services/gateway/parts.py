@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 
 from aiohttp import web
+from aiohttp.hdrs import AUTHORIZATION
 
 from loop import metrics
-from loop.events import HybridClock
+from loop.events import HybridClock, RandomBytes
 from loop.keys import Scope
 from loop.settings import GatewaySettings, Settings
 from services.gateway.engines import RETRY_AFTER_S, Engines
@@ -24,6 +23,7 @@ from services.gateway.recent import Recent
 from services.gateway.redactor import Redactor
 from services.gateway.routes import RouteWatch
 from services.gateway.spool import Spool
+from services.gateway.tally import Tally
 
 MAX_HEADERS = 100
 _REMEMBERED = 20_000
@@ -39,6 +39,7 @@ class Parts:
     spool: Spool
     redactor: Redactor | None
     clock: HybridClock
+    tally: Tally
     is_draining: bool = False
     open_requests: int = 0
     gateway: GatewaySettings = field(init=False)
@@ -58,6 +59,7 @@ class Parts:
         )
         self._key_limit = _limit(self.gateway.key_requests_per_s, self.gateway.rate_burst_s)
         self._rater_limit = _limit(self.gateway.rater_requests_per_s, self.gateway.rate_burst_s)
+        self.random = RandomBytes()
         self.langfuse = settings.langfuse
         gateway = settings.gateway
         weights = {"regenerate": gateway.regenerate_weight, "copy": gateway.copy_weight, "edit": gateway.edit_weight}
@@ -69,7 +71,7 @@ class Parts:
 
     async def caller(self, request: web.Request) -> Caller | None:
         """Who calls, by the API key; None without a valid one. Raises Refusal 503 while that cannot be known."""
-        keys, authorization = self.routes.keys, request.headers.get("Authorization")
+        keys, authorization = self.routes.keys, request.headers.get(AUTHORIZATION)
         found = keys.find(authorization)
         if found is None and not keys.is_known and (keys.is_local or authorization is not None):  # just started
             await self.routes.is_known.wait()
@@ -127,18 +129,15 @@ class Parts:
         if self._rater_limit is not None and rater:
             _take(self._rater_limit, rater, "this rater")
 
-    @contextmanager
-    def admit(self, endpoint: str) -> Iterator[None]:
-        """Room for one request to the engine. Raises Refusal 503 where there is none, its body not read yet."""
+    def admit(self, endpoint: str) -> None:
+        """Take the room of one request to the engine, which ends with `open_requests -= 1`. Raises Refusal 503 where
+        there is none, its body not read yet.
+        """
         if self.open_requests >= self.gateway.max_open_requests:
             metrics.gateway_requests.labels(endpoint, "", "503").inc()
             message = f"{self.open_requests} requests are open, which is the most that is taken here; try again"
             raise Refusal(503, message, code="overloaded", retry_after_s=RETRY_AFTER_S)
         self.open_requests += 1
-        try:
-            yield
-        finally:
-            self.open_requests -= 1
 
     def stamp(self) -> int:
         """The next stamp of the hybrid clock."""

@@ -22,8 +22,8 @@ from services.gateway.regenerate import SOURCE, prompt_key, vote_on_earlier
 from services.gateway.relay import relay, relayed_headers
 
 _ID_PREFIX: dict[Endpoint, str] = {"chat": "chatcmpl", "completions": "cmpl"}
-_requests = functools.cache(metrics.gateway_requests.labels)
-_request_seconds = functools.cache(metrics.gateway_request_seconds.labels)
+_requests = functools.cache(lambda *labels: metrics.gateway_requests.labels(*labels).inc)
+_request_seconds = functools.cache(lambda *labels: metrics.gateway_request_seconds.labels(*labels).observe)
 NO_RESPONSES = (
     "/v1/responses is not served here: its answers build on earlier ones that only the engine keeps, so what the model "
     "was given could not be logged; use /v1/chat/completions, which has tools, reasoning and streaming as well"
@@ -61,7 +61,8 @@ async def pass_through(request: web.Request) -> web.Response:
     """Embeddings, tokenise, detokenise: the alias becomes the live adapter, nothing is logged."""
     parts = request.app[PARTS]
     caller = await parts.check_key(request, "chat")
-    with parts.admit("other"):
+    parts.admit("other")
+    try:
         fields = read_fields(await read_body(request, parts.gateway.max_body_bytes))
         shown = read_model(fields)
         await parts.routes.is_known.wait()
@@ -72,6 +73,8 @@ async def pass_through(request: web.Request) -> web.Response:
             with await parts.engines.post(request.path, sent, read_trace(request.headers)) as answer:
                 body = Rename(adapter, shown or parts.alias, strip_token_ids=False).answer(answer.first)
                 return web.Response(body=body, status=answer.status, headers=relayed_headers(answer))
+    finally:
+        parts.open_requests -= 1
 
 
 async def not_served(request: web.Request) -> web.Response:
@@ -108,21 +111,25 @@ def choose_arm(route: Route, model: str | None, subject: str, caller: Caller, pa
 async def _admitted(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
     parts = request.app[PARTS]
     caller = await parts.check_key(request, "chat")
-    with parts.admit(endpoint):
+    parts.admit(endpoint)
+    try:
         return await _generate(request, endpoint, caller, parts)
+    finally:
+        parts.open_requests -= 1
 
 
 async def _generate(request: web.Request, endpoint: Endpoint, caller: Caller, parts: Parts) -> web.StreamResponse:
     started_at_ms, started_s = int(time.time() * 1000), time.monotonic()
     ask = read_ask(endpoint, request.headers, await read_body(request, parts.gateway.max_body_bytes), parts.rater_salt)
     parts.limit_rater(ask.rater or "")
-    key = key_of_message_id(ask.message_id) if ask.message_id else random_key()
-    response_id = f"{_ID_PREFIX[endpoint]}-{key}-{uuid7(started_at_ms)}"
+    key = key_of_message_id(ask.message_id) if ask.message_id else random_key(parts.random.take)
+    response_id = f"{_ID_PREFIX[endpoint]}-{key}-{uuid7(started_at_ms, parts.random.take)}"
     exchange = Exchange(ask, response_id, key, ask.model or parts.alias, started_at_ms, started_s)
     if SOURCE in parts.implicit_weights and (asked := prompt_key(ask)) is not None:
         vote_on_earlier(asked, response_id, ask.rater, parts)
         exchange.prompt_key = asked
-    await parts.routes.is_known.wait()
+    if not parts.routes.is_known.is_set():
+        await parts.routes.is_known.wait()
     status = 499  # what nginx calls a client that has left
     try:
         response = await _ask_engine(request, exchange, caller, parts)
@@ -132,8 +139,8 @@ async def _generate(request: web.Request, endpoint: Endpoint, caller: Caller, pa
         status = exc.status
         raise
     finally:
-        _requests(endpoint, exchange.arm, str(status)).inc()
-        _request_seconds(endpoint, exchange.arm).observe(time.monotonic() - started_s)
+        parts.tally.add(_requests(endpoint, exchange.arm, status))
+        parts.tally.add(_request_seconds(endpoint, exchange.arm), time.monotonic() - started_s)
 
 
 async def _ask_engine(request: web.Request, exchange: Exchange, caller: Caller, parts: Parts) -> web.StreamResponse:

@@ -31,13 +31,15 @@ _NOT_PASSED_ON = frozenset(
     {"connection", "content-length", "date", "keep-alive", "server", "te", "trailer", "transfer-encoding", "upgrade"}
 )
 
-_first_byte_seconds = functools.cache(metrics.gateway_first_byte_seconds.labels)
-_responses_logged = functools.cache(metrics.gateway_responses_logged.labels)
+_first_byte_seconds = functools.cache(lambda *labels: metrics.gateway_first_byte_seconds.labels(*labels).observe)
+_responses_logged = functools.cache(lambda arm: metrics.gateway_responses_logged.labels(arm).inc)
 
 
 async def relay(request: web.Request, answer: Answer, exchange: Exchange, parts: Parts) -> web.StreamResponse:
     """Pass the answer on and log it."""
-    _see_first_byte(exchange)
+    exchange.first_byte_s = time.monotonic()
+    waited_s = exchange.first_byte_s - exchange.started_s
+    parts.tally.add(_first_byte_seconds(exchange.ask.endpoint, exchange.arm), waited_s)
     ask = exchange.ask
     is_captured = ask.is_captured and answer.status == 200
     is_logged = is_captured or (not ask.is_stored and answer.status == 200)
@@ -50,7 +52,7 @@ async def relay(request: web.Request, answer: Answer, exchange: Exchange, parts:
         if ask.choices > 1:
             parts.with_choices.put(exchange.key, None)
     # What the app did not ask for was asked for by us, in `Ask.upstream_body`.
-    rename = Rename(exchange.adapter, exchange.shown_model, strip_token_ids=is_captured and not ask.wants_token_ids)
+    rename = _rename(exchange.adapter, exchange.shown_model, is_captured and not ask.wants_token_ids)
     if answer.is_stream:
         stream = EventStream(rename, Transcript() if is_captured else None)
         return await _relay_stream(request, answer, exchange, parts, stream, headers)
@@ -66,13 +68,20 @@ async def relay(request: web.Request, answer: Answer, exchange: Exchange, parts:
     return response
 
 
+@functools.lru_cache(maxsize=256)
+def _rename(adapter: str, shown: str, strip_token_ids: bool) -> Rename:
+    return Rename(adapter, shown, strip_token_ids=strip_token_ids)
+
+
 def relayed_headers(answer: Answer) -> CIMultiDict[str]:
     """The engine's headers for the app; cross-origin rules are the gateway's own."""
-    return CIMultiDict(
-        (name, value)
-        for name, value in answer.headers
-        if (lower := name.lower()) not in _NOT_PASSED_ON and not lower.startswith("access-control-")
-    )
+    return CIMultiDict([header for header in answer.headers if _is_passed_on(header[0])])
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_passed_on(name: str) -> bool:
+    lower = name.lower()
+    return lower not in _NOT_PASSED_ON and not lower.startswith("access-control-")
 
 
 async def _relay_stream(
@@ -120,12 +129,6 @@ async def _copy(answer: Answer, response: web.StreamResponse, stream: EventStrea
     return True
 
 
-def _see_first_byte(exchange: Exchange) -> None:
-    exchange.first_byte_s = time.monotonic()
-    waited_s = exchange.first_byte_s - exchange.started_s
-    _first_byte_seconds(exchange.ask.endpoint, exchange.arm).observe(waited_s)
-
-
 def _read_body(body: bytes) -> Transcript:
     transcript = Transcript()
     transcript.read_body(body)
@@ -164,11 +167,11 @@ async def _wait(written: asyncio.Future[bool], exchange: Exchange, parts: Parts)
     """Until the response is in the spool or its time is over: then it counts as lost, though it may still get there."""
     if written.done():  # in the journal
         if written.result():
-            _responses_logged(exchange.arm).inc()
+            parts.tally.add(_responses_logged(exchange.arm))
         return
     timer = asyncio.get_running_loop().call_later(parts.gateway.capture_timeout_s, _expire, written)
     if await written:
-        _responses_logged(exchange.arm).inc()
+        parts.tally.add(_responses_logged(exchange.arm))
     timer.cancel()
 
 

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,6 +22,7 @@ from loop.log.embedded import EmbeddedLog
 from loop.rollout.routing import Route
 from loop.settings import StoreSettings
 from services.gateway.identity import KeyRing
+from services.gateway.tally import Tally
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -32,13 +32,40 @@ _KEYS = "api_keys"  # the meta entry with the keys' hashes
 _log = logging.getLogger(__name__)
 
 
+class _Use:
+    """A generator under `contextmanager` would take three times as long."""
+
+    __slots__ = ("_open", "_route", "_tally")
+
+    def __init__(self, route: Route, open_requests: Counter[int], tally: Tally) -> None:
+        self._route, self._open, self._tally = route, open_requests, tally
+
+    def __enter__(self) -> Route:
+        self._open[self._route.generation] += 1
+        self._tally.add(metrics.gateway_open_requests.inc)
+        return self._route
+
+    def __exit__(self, *_: object) -> None:
+        self._tally.add(metrics.gateway_open_requests.dec)
+        self._open[self._route.generation] -= 1
+        if not self._open[self._route.generation]:
+            del self._open[self._route.generation]
+
+
 class RouteWatch:
     """The alias's route and the `keys`. `is_known` is set once both were read, from the store or from the last run's
     spool, or the store could not be read.
     """
 
     def __init__(
-        self, alias: str, gateway_id: str, store: StoreSettings, spool: EmbeddedLog, poll_s: float, keys: KeyRing
+        self,
+        alias: str,
+        gateway_id: str,
+        store: StoreSettings,
+        spool: EmbeddedLog,
+        poll_s: float,
+        keys: KeyRing,
+        tally: Tally,
     ) -> None:
         self.is_known = asyncio.Event()
         self.is_store_up = False
@@ -47,6 +74,7 @@ class RouteWatch:
         self._store: Engine | None = None
         self._spool = spool
         self._poll_s = poll_s
+        self._tally = tally
         self._open: Counter[int] = Counter()
         self._lock = asyncio.Lock()
         self._meta = f"route:{alias}"
@@ -60,19 +88,9 @@ class RouteWatch:
             keys.learn(msgspec.json.decode(kept_keys, type=list[ApiKey]))
             self.is_known.set()
 
-    @contextlib.contextmanager
-    def use(self) -> Iterator[Route]:
+    def use(self) -> _Use:
         """The route for one request, open upstream until the block ends."""
-        route = self.route
-        self._open[route.generation] += 1
-        metrics.gateway_open_requests.inc()
-        try:
-            yield route
-        finally:
-            metrics.gateway_open_requests.dec()
-            self._open[route.generation] -= 1
-            if not self._open[route.generation]:
-                del self._open[route.generation]
+        return _Use(self.route, self._open, self._tally)
 
     @property
     def open_requests(self) -> int:

@@ -35,7 +35,7 @@ KEPT_FREE_BYTES = 256 * 1024 * 1024  # of the disk, for feedback
 MAX_BATCH = 500
 REDACT_WITHIN_S = 10.0  # at the end, what waits for that still
 MAX_WAITING_BYTES = 128 * 1024 * 1024
-CLOCK = "hlc"  # the meta entry with the clock's last stamp
+CLOCK = "hlc"  # the meta entry with the highest stamp of all the processes that share the log
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +74,6 @@ class Spool:
         self._journal = Journal(journal)
         self._slow_s = slow_s
         self._slow_until = 0.0
-        self._hurry = threading.Event()
         self._log = log
         self._waiting_bytes = waiting_bytes
         self._redactor = redactor
@@ -82,6 +81,7 @@ class Spool:
         self._redacting_bytes = 0
         self._quota_bytes = quota_bytes
         self._loop = asyncio.get_running_loop()
+        self._collected: list[_Job] = []
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._put_bytes = 0  # each counter has one writing thread, so that their difference needs no lock
         self._settled_bytes = 0
@@ -120,8 +120,8 @@ class Spool:
             await self._redactor.close()
         if self._redacting:
             await asyncio.wait(self._redacting)
+        self._hand_over()
         self._jobs.put(None)
-        self._hurry.set()
         await asyncio.to_thread(self._thread.join)
 
     async def _redact(self, job: _Job, redactor: Redactor) -> None:
@@ -148,9 +148,17 @@ class Spool:
 
     def _put(self, job: _Job) -> None:
         self._put_bytes += job.size
-        self._jobs.put(job)
+        self._collected.append(job)
         if job.place is None:
-            self._hurry.set()
+            self._hand_over()
+        elif len(self._collected) == 1:
+            # Waking the thread takes the interpreter from the event loop, which has an answer to finish just now.
+            self._loop.call_later(COLLECT_S, self._hand_over)
+
+    def _hand_over(self) -> None:
+        for job in self._collected:
+            self._jobs.put(job)
+        self._collected.clear()
 
     def _write_ahead(self, job: _Job) -> bool:
         (record,) = job.records
@@ -202,8 +210,6 @@ class Spool:
         batch: list[_Job] = []
         try:
             job = self._jobs.get(timeout=timeout_s)
-            self._hurry.wait(COLLECT_S)
-            self._hurry.clear()
             while job is not None:
                 batch.append(job)
                 if len(batch) == MAX_BATCH:
@@ -255,7 +261,7 @@ class Spool:
         if not records:
             return True
         try:
-            self._log.write(records, {CLOCK: str(max(stamps))} if stamps else None)
+            self._log.write(records, None, {CLOCK: max(stamps)} if stamps else None)
         except LogUnavailableError as exc:
             self._fail(exc)
             return False

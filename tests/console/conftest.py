@@ -144,6 +144,11 @@ def fake_gateway(seen: list[tuple[str, dict[str, Any], dict[str, str]]]) -> web.
     return app
 
 
+def client_of(settings: Settings, key: str = "gateway-key") -> TestClient[web.Request, web.Application]:
+    """A console with these settings, for somebody who has the key."""
+    return TestClient(TestServer(create_app(settings)), headers={"Authorization": f"Bearer {key}"})
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return Settings(
@@ -176,5 +181,5 @@ async def console(
     """The console over the filled store and the fake gateway."""
     async with TestServer(fake_gateway(seen)) as gateway:
         with_gateway = ConsoleSettings(gateway_url=str(gateway.make_url("/")))
-        async with TestClient(TestServer(create_app(filled.model_copy(update={"console": with_gateway})))) as client:
+        async with client_of(filled.model_copy(update={"console": with_gateway})) as client:
             yield client

@@ -19,13 +19,24 @@ Client = TestClient[web.Request, web.Application]
 
 
 @pytest.fixture
-async def browser(tmp_path: Path) -> AsyncIterator[Browser]:
+async def browser(console: Client, tmp_path: Path) -> AsyncIterator[Browser]:
+    """One whose user was asked for the key and gave it; it sends it by itself from then on."""
     async with chromium(tmp_path / "profile") as opened:
+        await opened.call("Page.navigate", url=url_of(console, "/").replace("//", "//operator:gateway-key@"))
+        await opened.wait_for("document.readyState === 'complete' && document.querySelector('h1, h2') !== null")
         yield opened
 
 
 def url_of(console: Client, path: str) -> str:
     return str(console.make_url(path))
+
+
+async def test_a_browser_asks_for_the_key_and_shows_nothing_without_it(console: Client, tmp_path: Path) -> None:
+    async with chromium(tmp_path / "profile") as browser:
+        # Its word for a question that nobody answered, as nobody is there to do.
+        asked = await browser.call("Page.navigate", url=url_of(console, "/"))
+        assert asked["errorText"] == "net::ERR_INVALID_AUTH_CREDENTIALS"
+        assert await browser.evaluate("document.querySelector('h1, h2')") is None
 
 
 async def test_every_page_fits_every_screen(console: Client, browser: Browser, tmp_path: Path) -> None:

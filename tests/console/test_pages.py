@@ -5,17 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from aiohttp import web
+from aiohttp import encode_basic_auth, web
 from aiohttp.test_utils import TestClient, TestServer
 
-from loop.settings import ConsoleSettings, Settings
+from loop.settings import ConsoleSettings, GatewaySettings, Settings
+from loop.store import open_store, write
+from loop.store.keys import add_key, revoke_key
 from services.console.app import create_app
 from services.console.figures import next_run_ms
 from services.console.pages import report_path
 from services.console.parts import ago, duration, figure
+from tests.console.conftest import client_of
 
 Client = TestClient[web.Request, web.Application]
 PAGES = ["/", "/runs", "/adapters", "/playground"]
+
+
+def password(key: str) -> dict[str, str]:
+    """What a browser sends once its user was asked."""
+    return {"Authorization": encode_basic_auth("operator", key)}
 
 
 async def text_of(client: Client, path: str, status: int = 200) -> str:
@@ -36,13 +44,13 @@ async def test_the_overview_shows_each_place_of_the_loop(console: Client) -> Non
 
 async def test_the_overview_says_when_the_gateway_is_away(filled: Settings) -> None:
     nowhere = filled.model_copy(update={"console": ConsoleSettings(gateway_url="http://127.0.0.1:9")})
-    async with TestClient(TestServer(create_app(nowhere))) as client:
+    async with client_of(nowhere) as client:
         assert "gateway does not answer" in await text_of(client, "/")
 
 
 @pytest.mark.parametrize("path", PAGES)
 async def test_an_empty_store_has_pages_too(settings: Settings, path: str) -> None:
-    async with TestClient(TestServer(create_app(settings))) as client:
+    async with client_of(settings) as client:
         assert "<h" in await text_of(client, path)
 
 
@@ -109,8 +117,6 @@ async def test_what_is_not_there_gets_a_page_that_says_so(console: Client, path:
 
 async def test_a_store_that_cannot_be_read_gets_a_page_that_says_so(console: Client, filled: Settings) -> None:
     file = filled.store.url.get_secret_value().removeprefix("sqlite:///")
-    from loop.store import open_store, write
-
     store = open_store(filled.store)
     with write(store) as connection:
         connection.exec_driver_sql("DROP TABLE runs")
@@ -122,6 +128,67 @@ async def test_a_store_that_cannot_be_read_gets_a_page_that_says_so(console: Cli
 async def test_a_foreign_host_is_refused_on_loopback(console: Client) -> None:
     answer = await console.get("/", headers={"Host": "evil.example"})
     assert answer.status == 403
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/runs/run-1/report.html", "/static/style.css", "/nothing"])
+@pytest.mark.parametrize("key", ["", "gateway-key-", "gateway-ke"])
+async def test_without_a_valid_key_nothing_is_shown(console: Client, path: str, key: str) -> None:
+    answer = await console.get(path, headers={"Authorization": f"Bearer {key}"})
+    assert answer.status == 401
+    assert answer.headers["WWW-Authenticate"].startswith("Basic ")  # so that a browser asks for it
+    assert "an API key with the scope admin is needed" in await answer.text()
+    assert (await console.get("/healthz", headers={"Authorization": ""})).status == 200
+
+
+async def test_without_a_key_nothing_is_passed_on(console: Client, seen: list[Any]) -> None:
+    for path, body in (("chat", CHAT), ("feedback", {"value": "up", "token": "t"})):
+        answer = await console.post(f"/playground/{path}", json=body, headers={"Authorization": ""})
+        assert (answer.status, seen) == (401, [])
+
+
+async def test_a_key_needs_the_scope_admin_and_ends_when_it_is_taken_back(console: Client, filled: Settings) -> None:
+    store = open_store(filled.store)
+    _, app = add_key(store, "app", ("chat", "feedback"), 1)
+    key, operator = add_key(store, "operator", ("admin",), 1)
+    answer = await console.get("/", headers=password(app))
+    assert (answer.status, "has not the scope admin" in await answer.text()) == (403, True)
+    assert (await console.get("/", headers=password(operator))).status == 200
+    revoke_key(store, key.key_id, 2)
+    assert (await console.get("/", headers=password(operator))).status == 401
+    store.dispose()
+
+
+async def test_the_first_key_closes_the_pages_and_taking_it_back_does_not_open_them(filled: Settings) -> None:
+    without = filled.model_copy(update={"gateway": GatewaySettings()})
+    store = open_store(without.store)
+    async with client_of(without, key="") as client:
+        assert (await client.get("/")).status == 200  # there never was a key, and only this machine can call
+        key, _ = add_key(store, "app", ("chat",), 1)
+        assert (await client.get("/")).status == 401
+        revoke_key(store, key.key_id, 2)
+        assert (await client.get("/")).status == 401
+    store.dispose()
+
+
+async def test_beyond_loopback_the_pages_do_not_open_without_a_key(filled: Settings) -> None:
+    everywhere = {"console": ConsoleSettings(host="0.0.0.0")}
+    without = filled.model_copy(update=everywhere | {"gateway": GatewaySettings()})
+    with pytest.raises(ValueError, match=r"console\.host is '0.0.0.0' but there is no API key"):
+        await TestServer(create_app(without)).start_server()
+    async with client_of(filled.model_copy(update=everywhere)) as client:
+        assert (await client.get("/", headers={"Authorization": ""})).status == 401
+        assert (await client.get("/")).status == 200
+
+
+async def test_the_keys_are_good_while_the_store_is_away(console: Client, filled: Settings) -> None:
+    store = open_store(filled.store)
+    _, operator = add_key(store, "operator", ("admin",), 1)
+    assert (await console.get("/runs", headers=password(operator))).status == 200
+    with write(store) as connection:
+        connection.exec_driver_sql("DROP TABLE api_keys")
+    store.dispose()
+    assert (await console.get("/runs", headers=password(operator))).status == 200
+    assert (await console.get("/runs", headers=password("tw-other"))).status == 401
 
 
 async def test_pages_may_not_be_framed_nor_kept(console: Client) -> None:
@@ -160,7 +227,7 @@ async def test_the_gateways_refusals_are_passed_on(console: Client) -> None:
 
 async def test_a_gateway_that_is_away_is_said_so(filled: Settings) -> None:
     nowhere = filled.model_copy(update={"console": ConsoleSettings(gateway_url="http://127.0.0.1:9")})
-    async with TestClient(TestServer(create_app(nowhere))) as client:
+    async with client_of(nowhere) as client:
         answer = await client.post("/playground/chat", json=CHAT)
         assert answer.status == 502
         assert "the gateway does not answer" in await answer.text()

@@ -68,8 +68,12 @@ async def connect(url: str) -> Connection:
     return connection
 
 
+def in_s(seconds: float) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
 async def answer_of(connection: Connection) -> bytes:
-    await connection.ask(HEAD, b"{}")
+    await connection.ask(HEAD, b"{}", in_s(10))
     return await connection.read_all()
 
 
@@ -142,7 +146,7 @@ class Wire(asyncio.Transport):
 async def test_the_pieces_in_which_an_answer_comes_make_no_difference(answer: bytes, cuts: list[int]) -> None:
     connection = Connection()
     connection.connection_made(Wire())
-    asked = asyncio.create_task(connection.ask(HEAD, b"{}"))
+    asked = asyncio.create_task(connection.ask(HEAD, b"{}", in_s(10)))
     await asyncio.sleep(0)
     places = [0, *sorted({cut for cut in cuts if cut < len(answer)}), len(answer)]
     for start, end in pairwise(places):
@@ -166,7 +170,7 @@ async def test_an_answer_that_nobody_reads_stays_with_the_engine() -> None:
 
     async with engine(script) as url, asyncio.timeout(PATIENCE_S):
         connection = await connect(url)
-        await connection.ask(HEAD, b"{}")
+        await connection.ask(HEAD, b"{}", in_s(10))
         while not connection._is_paused:
             await asyncio.sleep(0)
         assert connection._waiting_bytes < 1 << 20
@@ -211,11 +215,28 @@ async def test_a_connection_is_used_again_once_its_answer_was_read_to_the_end() 
 async def test_what_was_not_read_of_one_answer_is_in_no_other() -> None:
     connection = Connection()
     connection.connection_made(Wire())
-    asked = asyncio.create_task(connection.ask(HEAD, b"{}"))
+    asked = asyncio.create_task(connection.ask(HEAD, b"{}", in_s(10)))
     await asyncio.sleep(0)
     connection.data_received(CHUNKED)  # all of it, and nobody reads it
     await asked
     assert not connection.is_idle
+
+
+async def test_each_request_has_a_deadline_of_its_own() -> None:
+    connection, left_alone = Connection(), Connection()
+    connection.connection_made(Wire())
+    left_alone.connection_made(Wire())
+
+    async with asyncio.timeout(10):
+        for deadline_s, waited_s in ((0.05, 0.0), (60.0, 0.1)):  # the first one's comes while the second one waits
+            asked = asyncio.create_task(connection.ask(HEAD, b"{}", in_s(deadline_s)))
+            await asyncio.sleep(waited_s)
+            connection.data_received(OK)
+            await asked
+            assert await connection.read_all() == b"hello"
+        with pytest.raises(TimeoutError) as raised:
+            await left_alone.ask(HEAD, b"{}", in_s(0.05))
+    assert raised.value is left_alone._error
 
 
 @pytest.mark.parametrize("unasked", [b"", OK, b"garbage"], ids=["closed", "an answer to nothing", "garbage"])

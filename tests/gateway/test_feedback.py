@@ -74,6 +74,21 @@ async def test_the_clock_goes_on_over_a_restart_though_the_wall_clock_goes_back(
     assert second.hlc == first.hlc + 1
 
 
+async def test_a_restart_goes_on_above_every_process_that_shared_the_log(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead, behind = await start(gateway_id="gateway-1-0"), await start(gateway_id="gateway-1-1")
+    real = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + 3600)
+        await vote(ahead, message_id="m", value="up")
+    await vote(behind, message_id="other", value="up")
+    await vote(await start(gateway_id="gateway-1-0"), message_id="m", value="down")
+    *_, first, second = ahead.feedback()
+    assert (first.value, second.value) == ("up", "down")
+    assert second.hlc == first.hlc + 1
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [

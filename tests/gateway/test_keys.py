@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from loop.keys import SCOPES, Scope
 from loop.store.keys import add_key, read_keys, revoke_key
 from services.cli import app
-from services.gateway.app import is_loopback
+from services.gateway.identity import is_loopback
 from tests.conftest import ROOT
 from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway
 from tests.gateway.test_process import SERVE, environment_of
