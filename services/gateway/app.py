@@ -87,6 +87,7 @@ def create_metrics_app(public: web.Application) -> web.Application:
 
     async def exposition(_: web.Request) -> web.Response:
         registry = REGISTRY
+        public[PARTS].tally.count()
         if public[PARTS].gateway.process is not None:  # one of several, with metrics in files that they share
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]

@@ -159,6 +159,21 @@ async def test_streams_that_do_not_end_are_cut_off_at_the_drains_end(process: Pr
     assert logged.aborted
 
 
+async def test_a_client_that_leaves_ends_the_upstream_request_of_the_process_too(process: Process, stub: Stub) -> None:
+    await process.wait_until_up()
+    engine, url = stub[0], process.url + "/v1/chat/completions"
+    async with aiohttp.ClientSession() as http:
+        for number, ask in enumerate(({"stub": {"fault": "slow"}}, {"stream": True, "stub": {"fault": "stall"}})):
+            asked = asyncio.create_task(post(http, url, HELLO | ask))
+            async with asyncio.timeout(30):
+                while len(engine.requests) == number:
+                    await asyncio.sleep(0.01)
+            asked.cancel()
+            async with asyncio.timeout(1):
+                while engine.left == number:
+                    await asyncio.sleep(0.01)
+
+
 async def test_metrics_have_their_own_port(process: Process) -> None:
     await process.wait_until_up()
     async with aiohttp.ClientSession() as http:
