@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loop.snapshot.curate import Label, Row
-
 FORMAT = 1
 TRAIN, HELD_OUT, MANIFEST = "train.parquet", "held_out.parquet", "manifest.json"
+ANSWER = "assistant"
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -34,35 +37,83 @@ SCHEMA = pa.schema(
         ("source", pa.string()),  # served: the ids are what the engine sampled; template: there are none
     ]
 )
+# What is known of a row by itself: the label and its weight follow from all rows.
+ROW_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in ("label", "weight")])
+_OF_FEW_VALUES = ["adapter", "source", "prompt.list.element.role", "completion.list.element.role"]
+ROW_GROUP = 4_096
+_WRITES_AHEAD = 2
 
 
-def record(row: Row, label: Label, weight: float) -> dict[str, Any]:
-    """One line of the Parquet file."""
-    return {
-        "prompt": [{"role": role, "content": text} for role, text in row.messages],
-        "completion": [{"role": "assistant", "content": row.answer}],
-        "label": label.desirable,
-        "prompt_ids": row.prompt_ids,
-        "completion_ids": row.completion_ids,
-        "weight": weight,
-        "example_id": row.example_id,
-        "conversation_id": row.conversation_id,
-        "rater": label.rater,
-        "raters": label.raters,
-        "adapter": row.adapter,
-        "source": "served" if row.prompt_ids is not None else "template",
-    }
+def message_lists(turns: Sequence[int], roles: Sequence[str], contents: Sequence[str]) -> pa.Array:
+    """A list of messages for each number of turns, of messages that follow each other."""
+    messages = pa.StructArray.from_arrays(
+        [pa.array(roles, pa.string()), pa.array(contents, pa.string())], ["role", "content"]
+    )
+    return pa.ListArray.from_arrays(_offsets(turns), messages)
 
 
-def write_rows(path: Path, batches: Iterable[list[dict[str, Any]]]) -> str:
-    """Write the batches, one row group each; returns the file's SHA-256."""
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-        for batch in batches:
-            writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return digest
+def id_lists(texts: Sequence[bytes | None]) -> pa.Array:
+    """A list of token ids for each text of numbers with commas between them. Raises ValueError where they are none."""
+    known = [text for text in texts if text is not None]
+    counts = [0 if text is None else text.count(b",") + 1 for text in texts]
+    ids = np.fromstring(b",".join(known), np.int64, sep=",") if known else np.zeros(0, np.int64)
+    if len(ids) != sum(counts) or (len(ids) and not 0 <= ids.min() <= ids.max() < 2**31):
+        raise ValueError("an example's token ids are not numbers of 31 bits; look at prompt_token_ids and token_ids")
+    unknown = pa.array([text is None for text in texts])
+    return pa.ListArray.from_arrays(_offsets(counts), pa.array(ids.astype(np.int32)), mask=unknown)
+
+
+def _offsets(sizes: Sequence[int]) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
+
+
+class RowFile:
+    """One Parquet file under way, written by a thread of its own in row groups that depend on the rows alone. Use as a
+    context manager.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd", use_dictionary=_OF_FEW_VALUES)
+        self._thread = ThreadPoolExecutor(1, "parquet")
+        self._writes: deque[Future[None]] = deque()
+        self._pending: list[pa.Table] = []
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._thread.shutdown()
+        self._writer.close()
+
+    def add(self, rows: pa.Table, labels: npt.NDArray[np.bool_], weights: npt.NDArray[np.float64]) -> None:
+        """Append rows of ROW_SCHEMA with their labels and weights."""
+        columns = {name: rows[name] for name in ROW_SCHEMA.names} | {"label": labels, "weight": weights}
+        self._pending.append(pa.table({name: columns[name] for name in SCHEMA.names}, SCHEMA))
+        pending = pa.concat_tables(self._pending)
+        whole = len(pending) - len(pending) % ROW_GROUP
+        for begin in range(0, whole, ROW_GROUP):
+            self._write(pending.slice(begin, ROW_GROUP))
+        self._pending = [pending.slice(whole)]
+
+    def finish(self) -> str:
+        """Write what is left; returns the file's SHA-256."""
+        if self._pending and len(self._pending[0]):
+            self._write(self._pending.pop())
+        self._wait(0)
+        self._writer.close()
+        with self._path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        return digest
+
+    def _write(self, rows: pa.Table) -> None:
+        self._writes.append(self._thread.submit(lambda: self._writer.write_table(rows.combine_chunks())))
+        self._wait(_WRITES_AHEAD)
+
+    def _wait(self, ahead: int) -> None:
+        while len(self._writes) > ahead:
+            self._writes.popleft().result()
 
 
 def identify(content: dict[str, Any]) -> str:
