@@ -19,10 +19,11 @@ from sqlalchemy import Engine
 from loop.log import NewRecord
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot import Snapshot, load_snapshot, make_snapshot
-from loop.snapshot.prompts import DistinctPrompts, asked, normal_words
+from loop.snapshot.prompts import normal_words
 from loop.snapshot.split import unit_of
 from loop.store import open_store
 from tests.join.traffic import START_MS, feedback, response, response_id
+from tests.snapshot.clustered import asked_of, clusters_of
 from tests.snapshot.stored import NOW_MS, example, put
 from tests.store.joined import READER, apply, batch_of
 
@@ -107,7 +108,7 @@ def units(rows: list[dict[str, Any]], table: list[Any]) -> tuple[set[str], set[s
     return (
         {vote[0] for r in sources for vote in r["votes"]},
         {r["conversation"] for r in sources},
-        {" ".join(normal_words(asked(r["messages"]))) for r in sources},
+        {" ".join(normal_words(asked_of(r["messages"]))) for r in sources},
     )
 
 
@@ -127,13 +128,11 @@ def test_nothing_of_a_held_out_unit_is_trained_on(drawn: list[dict[str, Any]]) -
 
 def prompt_is_held_out(prompt: str, rows: list[dict[str, Any]]) -> bool:
     """By the definition: the smallest unit of its cluster decides."""
-    distinct = DistinctPrompts()
-    texts = sorted({" ".join(normal_words(asked(r["messages"]))) for r in rows})
-    for text in texts:
-        distinct.add(text.split(), unit_of(SETTINGS.salt, "cluster", text))
-    clusters = distinct.clusters(SETTINGS.near_duplicate_similarity)
+    texts = sorted({" ".join(normal_words(asked_of(r["messages"]))) for r in rows})
+    clusters = clusters_of(texts, SETTINGS.near_duplicate_similarity, SETTINGS.salt)
     mine = clusters[texts.index(prompt)]
-    smallest = min(int(unit) for unit, cluster in zip(distinct.units, clusters, strict=True) if cluster == mine)
+    units = [unit_of(SETTINGS.salt, "cluster", text) for text in texts]
+    smallest = min(unit for unit, cluster in zip(units, clusters, strict=True) if cluster == mine)
     return smallest < SETTINGS.held_out_share * 2**64
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from loop.snapshot.balance import class_weights
 from loop.snapshot.curate import Vote, settle
-from loop.snapshot.prompts import DistinctPrompts, asked, normal_words
-from loop.snapshot.split import unit_of
+from loop.snapshot.prompts import asked, message_text, normal_words
+from tests.snapshot.clustered import clusters_of
 
 amounts = st.floats(0.01, 1e6)
 
@@ -82,31 +82,29 @@ def test_what_a_rater_says_goes_before_what_was_concluded_later() -> None:
 
 
 def test_a_prompt_is_its_last_user_turn() -> None:
-    system = {"role": "system", "content": "You are the support desk of a very large shop."}
-    first = {"role": "user", "content": "Where is my parcel right now?"}
-    answer = {"role": "assistant", "content": "On its way."}
-    second = {"role": "user", "content": "And when will it finally arrive?"}
+    system = ("system", "You are the support desk of a very large shop.")
+    first = ("user", "Where is my parcel right now?")
+    answer = ("assistant", "On its way.")
+    second = ("user", "And when will it finally arrive?")
     assert asked([system, first, answer, second]) == "And when will it finally arrive?"
     assert asked([system, first]) == "Where is my parcel right now?"
 
 
 def test_short_turns_take_earlier_ones_along() -> None:
-    turns = [{"role": "user", "content": text} for text in ("Shall I send the parcel back?", "Why?", "Yes!")]
+    turns = [("user", text) for text in ("Shall I send the parcel back?", "Why?", "Yes!")]
     assert asked(turns) == "Shall I send the parcel back?\nWhy?\nYes!"
-    assert asked([{"role": "user", "content": [{"type": "text", "text": "What is in the picture?"}]}]) != ""
     assert asked([]) == ""
+
+
+def test_a_messages_text_is_its_content_or_its_text_parts() -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "in the picture?"}]
+    assert (message_text("Yes."), message_text(parts)) == ("Yes.", "What is in the picture?")
+    assert message_text([*parts, {"type": "image_url"}]) is None
 
 
 def test_order_numbers_case_and_punctuation_do_not_tell_prompts_apart() -> None:
     assert normal_words("Where is order A-4711?") == normal_words("where is order a-20260099")
     assert normal_words("What is 12 times 7?") != normal_words("What is 12 times 8?")
-
-
-def clusters_of(texts: list[list[str]], similarity: float) -> list[int]:
-    distinct = DistinctPrompts()
-    members = [distinct.add(words, unit_of("salt", "cluster", " ".join(words))) for words in texts]
-    found = distinct.clusters(similarity)
-    return [int(found[member]) for member in members]
 
 
 def bigrams(words: list[str]) -> set[tuple[str, str]]:
@@ -132,7 +130,8 @@ def same_partition(a: list[int], b: list[int]) -> bool:
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=6), max_size=25), st.sampled_from([0.5, 0.8, 1.0]))
 def test_clusters_never_join_what_is_not_connected(texts: list[list[str]], similarity: float) -> None:
     expected = by_definition(texts, similarity)
-    for cluster in set(found := clusters_of(texts, similarity)):
+    found = clusters_of([" ".join(words) for words in texts], similarity)
+    for cluster in set(found):
         assert len({expected[i] for i, c in enumerate(found) if c == cluster}) == 1
 
 
@@ -147,7 +146,7 @@ def test_near_duplicates_among_many_prompts_are_found() -> None:
             changed = list(words)
             changed[rng.integers(len(words))] = "another"
             texts.append(changed)
-    expected, found = by_definition(texts, 0.8), clusters_of(texts, 0.8)
+    expected, found = by_definition(texts, 0.8), clusters_of([" ".join(words) for words in texts], 0.8)
     pairs = [(i, j) for i in range(len(texts)) for j in range(i) if expected[i] == expected[j]]
     missed = sum(found[i] != found[j] for i, j in pairs)
     assert len(pairs) > 200
@@ -156,7 +155,7 @@ def test_near_duplicates_among_many_prompts_are_found() -> None:
 
 def test_clusters_do_not_depend_on_the_order() -> None:
     rng = np.random.default_rng(2)
-    texts = [[f"w{n}" for n in rng.integers(0, 6, 8)] for _ in range(200)]
+    texts = [" ".join(f"w{n}" for n in rng.integers(0, 6, 8)) for _ in range(200)]
     order = rng.permutation(len(texts))
     found = clusters_of(texts, 0.5)
     assert same_partition([found[i] for i in order], clusters_of([texts[i] for i in order], 0.5))
