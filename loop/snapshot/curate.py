@@ -78,6 +78,9 @@ class Label(msgspec.Struct, frozen=True):
 # token ids stay text, for a number of each would take longer than all the rest.
 
 
+_NULL = msgspec.Raw(b"null")
+
+
 class _Message(msgspec.Struct, gc=False):
     role: Any = "user"
     content: Any = None
@@ -87,7 +90,7 @@ class _Message(msgspec.Struct, gc=False):
 class _Choice(msgspec.Struct, gc=False):
     message: _Message
     index: int = 0
-    token_ids: msgspec.Raw = msgspec.Raw(b"null")
+    token_ids: msgspec.Raw = _NULL
     finish_reason: str | None = None
 
 
@@ -95,7 +98,7 @@ class _Response(msgspec.Struct, gc=False):
     choices: list[_Choice]
     messages: list[_Message] | None = None
     prompt: str | None = None
-    prompt_token_ids: msgspec.Raw = msgspec.Raw(b"null")
+    prompt_token_ids: msgspec.Raw = _NULL
     aborted: bool = False
 
 
@@ -129,8 +132,10 @@ def to_rows(example: Example, settings: SnapshotSettings) -> Iterator[Row | str]
 
 def _served(example: Example, body: _Response, cast: list[_Cast], settings: SnapshotSettings) -> Row | str:
     example_id = f"{example.response_id}/{example.choice_index}"
-    choice = next((c for c in body.choices if c.index == example.choice_index), None)
-    votes = [_vote(vote, example_id, is_up=vote.value == "up") for vote in cast if vote.weight > 0]
+    choice = body.choices[0] if body.choices else None
+    if choice is not None and choice.index != example.choice_index:
+        choice = next((c for c in body.choices if c.index == example.choice_index), None)
+    votes = [_vote(vote, example_id, vote.value == "up") for vote in cast if vote.weight > 0]
     if not votes:
         return "unlabelled"
     if body.aborted or (choice is not None and choice.finish_reason in ("abort", "error")):
@@ -149,9 +154,10 @@ def _served(example: Example, body: _Response, cast: list[_Cast], settings: Snap
     prompt = _prompt(body)
     if prompt_ids is None and not all(map(_is_text, [*prompt, choice.message])):
         return "untemplated"
-    tokens = sum(ids.count(b",") + 1 for ids in (prompt_ids, completion_ids) if ids is not None)
-    if settings.max_tokens is not None and tokens > settings.max_tokens:
-        return "too_long"
+    if settings.max_tokens is not None:
+        tokens = sum(ids.count(b",") + 1 for ids in (prompt_ids, completion_ids) if ids is not None)
+        if tokens > settings.max_tokens:
+            return "too_long"
     return Row(
         example_id=example_id,
         messages=_texts(prompt),
@@ -187,21 +193,20 @@ def _corrected(
         answer=correction,
         prompt_ids=None,
         completion_ids=None,
-        votes=[_vote(vote, example_id, is_up=True)],
+        votes=[_vote(vote, example_id, True)],
         conversation_id=example.conversation_id or example.response_id,
         adapter=example.adapter,
     )
 
 
-def _vote(vote: _Cast, example_id: str, *, is_up: bool) -> Vote:
-    who, is_thumb = vote.rater, vote.source not in IMPLICIT_SOURCES
-    return Vote(who or example_id, bool(who), is_up, vote.weight, vote.hlc, is_thumb)
+def _vote(vote: _Cast, example_id: str, up: bool) -> Vote:
+    who = vote.rater
+    return Vote(who or example_id, who != "", up, vote.weight, vote.hlc, vote.source not in IMPLICIT_SOURCES)
 
 
 def _ids(raw: msgspec.Raw) -> bytes | None:
     """What is between the brackets of a list; None where there is no list, or nothing in it."""
-    ids = bytes(raw)
-    return (ids[1:-1].strip() or None) if ids.startswith(b"[") else None
+    return bytes(raw).strip(b"[] \t\r\n") or None if raw != _NULL else None
 
 
 def _prompt(body: _Response) -> list[_Message]:

@@ -16,6 +16,7 @@ from loop.snapshot.curate import Label
 from loop.snapshot.sorted_arrays import contains
 from loop.snapshot.split import RATER, hasher, units_of
 from loop.snapshot.spool import Spooled
+from loop.snapshot.write import string_lists, strings
 
 Ascribed = tuple[str | None, list[str]]
 """The rater that a label is ascribed to, and all whose votes made it."""
@@ -60,9 +61,9 @@ class Labels:
         # Behind the table's own values, to be taken from there.
         source = np.arange(len(rows))
         source[at] = len(rows) + np.arange(len(at))
-        for name, values in (("rater", [rater for rater, _ in ascribed]), ("raters", [all_ for _, all_ in ascribed])):
-            column = table[name].combine_chunks()
-            column = pa.concat_arrays([column, pa.array(values, column.type)]).take(pa.array(source))
+        raters, all_raters = zip(*ascribed, strict=True)
+        for name, values in (("rater", strings(raters)), ("raters", string_lists(all_raters))):
+            column = pa.concat_arrays([table[name].combine_chunks(), values]).take(pa.array(source))
             table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
         return table
 

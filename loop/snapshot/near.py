@@ -39,15 +39,16 @@ _ENTRIES_AT_ONCE = 500_000
 # --- of one text ------------------------------------------------------------------------------------------------------
 
 
-def shingle_sets(texts: Sequence[str]) -> tuple[U32, I64]:
+def shingle_sets(texts: Sequence[bytes]) -> tuple[U32, I64]:
     """The set of word bigrams of each text, flat and each sorted, and the sets' sizes: [total], [n].
 
-    Words are what single spaces part; a mark before the first and one behind the last make a bigram of a single word.
+    Texts are UTF-8, words what single spaces part. A mark before the first word and one behind the last make a bigram
+    of a single one.
     """
     flat, sizes = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
     for begin in range(0, len(texts), _TEXTS_AT_ONCE):
         part = texts[begin : begin + _TEXTS_AT_ONCE]
-        owners, bigrams = _bigrams("".join([f"^ {text} $\n" for text in part]).encode())
+        owners, bigrams = _bigrams(b"".join([b"^ %b $\n" % text for text in part]))
         keys = owners << _SHIFT | bigrams
         keys.sort()
         keys = keys[is_first(keys)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 MIN_WORDS = 4
 _WORD = re.compile(r"\w+")
+_ENOUGH = re.compile(rf"(?:\w++\W++){{{MIN_WORDS - 1}}}\w")
 _IDENTIFIER = re.compile(r"\d{4,}")
 _DIGITS = b"0123456789"
 # Of ASCII text: what is in a word, in lower case; anything else is a space.
@@ -34,12 +34,10 @@ def asked(messages: Sequence[tuple[str, str]]) -> str:
     training is what the conversation, a unit of its own, is for.
     """
     turns: list[str] = []
-    words = 0
     for role, text in reversed(messages):
         if role == "user":
             turns.append(text)
-            words += sum(1 for _ in islice(_WORD.finditer(text), MIN_WORDS))
-            if words >= MIN_WORDS:
+            if _ENOUGH.search(text) or sum(len(_WORD.findall(turn)) for turn in turns) >= MIN_WORDS:
                 break
     return "\n".join(reversed(turns))
 

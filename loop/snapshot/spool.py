@@ -13,11 +13,10 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-from array import array
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,7 +27,7 @@ from loop.snapshot.curate import Label, Row, Vote
 from loop.snapshot.near import band_keys, count_bands, shingle_sets
 from loop.snapshot.prompts import asked, normal_words
 from loop.snapshot.split import CLUSTER, CONVERSATION, RATER, hasher, units_of
-from loop.snapshot.write import ANSWER, ROW_SCHEMA, id_lists, message_lists
+from loop.snapshot.write import ROW_SCHEMA, row_batch
 
 U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
@@ -54,8 +53,9 @@ COLUMNS = {
     "hlc": np.int64,
 }
 ROWS = "rows.arrow"
-BATCH_ROWS = 16_384
+BATCH_ROWS = 8_192
 BATCH_BYTES = 32 << 20
+RANGE_BYTES = 64 << 20
 _encode_votes = msgspec.msgpack.Encoder().encode
 _decode_votes = msgspec.msgpack.Decoder(list[Vote]).decode
 
@@ -74,13 +74,14 @@ class Spool:
         self._id, self._exact, self._pair, self._cluster, self._conversation, self._rater = (
             hasher(salt, kind) for kind in kinds
         )
-        self._batch = _Batch()
+        self._batch: list[_Hashed] = []
+        self._bytes = 0
 
     def __enter__(self) -> Spool:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if exc[0] is None:
+        if exc[0] is None and self._batch:
             self._flush()
         self._batches.close()
         self._rows.close()
@@ -89,119 +90,80 @@ class Spool:
 
     def add(self, row: Row, label: Label | None, day: int) -> None:
         """Append a row; `label` is what its own votes come to, `day` which of two rows is the later one."""
-        batch, digests = self._batch, self._batch.digests
         prompt = "\0".join([f"{role}\1{text}" for role, text in row.messages]).encode()
-        exact = self._exact(prompt)
-        # Answers that read the same but were sampled as other tokens are one answer: people voted on what they read.
-        digests["pair"].append(self._pair(exact + row.answer.encode()))
-        digests["exact_prompt"].append(exact)
-        words = " ".join(normal_words(asked(row.messages)))
-        digests["prompt"].append(self._cluster(words.encode()))
-        digests["id"].append(self._id(row.example_id.encode()))
-        digests["conversation"].append(self._conversation(row.conversation_id.encode()))
+        exact, answer = self._exact(prompt), row.answer.encode()
+        words = " ".join(normal_words(asked(row.messages))).encode()
         voters = {vote.who: self._rater(vote.who.encode()) for vote in row.votes if vote.named}
-        digests["voters"].append(b"".join(voters.values()))
-        digests["rater"].append(voters[label.rater] if label is not None and label.rater is not None else _NOBODY)
-        batch.texts.append(words)
-        batch.votes.append(_encode_votes(row.votes))
-        batch.days.append(day)
-        batch.labels.append(-1 if label is None else int(label.desirable))
-        batch.hlcs.append(0 if label is None else label.hlc)
-        batch.weights.append(0.0 if label is None else label.weight)
-        batch.add(row, label)
-        if len(batch.days) == BATCH_ROWS or batch.bytes > BATCH_BYTES:
+        hashed = _Hashed(
+            self._id(row.example_id.encode()),
+            exact,
+            # Answers that read alike but were sampled as other tokens are one answer: people voted on what they read.
+            self._pair(exact + answer),
+            self._cluster(words),
+            self._conversation(row.conversation_id.encode()),
+            b"" if label is None or label.rater is None else voters[label.rater],
+            b"".join(voters.values()),
+            words,
+            _encode_votes(row.votes),
+            day,
+            row,
+            label or _NO_LABEL,
+            -1 if label is None else int(label.desirable),
+        )
+        self._batch.append(hashed)
+        self._bytes += len(prompt) + len(answer) + len(row.completion_ids or b"") + len(row.prompt_ids or b"")
+        if len(self._batch) == BATCH_ROWS or self._bytes > BATCH_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        batch, self._batch = self._batch, _Batch()
-        if not batch.days:
-            return
-        ids = units_of(batch.digests["id"])
+        ids = units_of([hashed.id for hashed in self._batch])
         order = np.argsort(ids, kind="stable")
-        places = order.tolist()
+        batch = [self._batch[n] for n in order.tolist()]
+        self._batch, self._bytes = [], 0
+        raters = [hashed.rater or bytes(8) for hashed in batch]
         columns: dict[str, Column] = {
-            name: units_of(batch.digests[name])[order] for name in ("pair", "exact_prompt", "prompt", "conversation")
-        }
-        named = units_of(batch.digests["rater"])
-        columns |= {
             "id": ids[order],
-            "rater": np.where([digest != _NOBODY for digest in batch.digests["rater"]], named, 0)[order],
-            "voters": units_of([batch.digests["voters"][n] for n in places]),
-            "voters_size": np.array([len(digests) // 8 for digests in batch.digests["voters"]])[order],
-            "votes": np.frombuffer(b"".join([batch.votes[n] for n in places]), np.uint8),
-            "votes_size": np.array([len(votes) for votes in batch.votes])[order],
-            "day": np.asarray(batch.days)[order],
-            "label": np.asarray(batch.labels)[order],
-            "weight": np.asarray(batch.weights)[order],
-            "hlc": np.asarray(batch.hlcs)[order],
+            "day": np.array([hashed.day for hashed in batch]),
+            "pair": units_of([hashed.pair for hashed in batch]),
+            "exact_prompt": units_of([hashed.exact_prompt for hashed in batch]),
+            "prompt": units_of([hashed.prompt for hashed in batch]),
+            "conversation": units_of([hashed.conversation for hashed in batch]),
+            "rater": np.where([hashed.rater != b"" for hashed in batch], units_of(raters), 0),
+            "voters": units_of([hashed.voters for hashed in batch]),
+            "voters_size": np.array([len(hashed.voters) // 8 for hashed in batch]),
+            "votes": np.frombuffer(b"".join([hashed.votes for hashed in batch]), np.uint8),
+            "votes_size": np.array([len(hashed.votes) for hashed in batch]),
+            "label": np.array([hashed.desirable for hashed in batch]),
+            "weight": np.array([hashed.label.weight for hashed in batch]),
+            "hlc": np.array([hashed.label.hlc for hashed in batch]),
         }
-        columns["set"], columns["set_size"] = shingle_sets([batch.texts[n] for n in places])
+        columns["set"], columns["set_size"] = shingle_sets([hashed.words for hashed in batch])
         for name, values in columns.items():
             values.astype(COLUMNS[name], copy=False).tofile(self._files[name])
         for n, keys in enumerate(band_keys(columns["set"], columns["set_size"], self._similarity).T):
             keys.tofile(self._files[f"band_{n}"])
-        self._batches.write_batch(batch.rows().take(pa.array(order)))
+        self._batches.write_batch(row_batch([(hashed.row, hashed.label) for hashed in batch]))
 
 
-_NOBODY = bytes(8)
+class _Hashed(NamedTuple):
+    """A row on its way into the files, with what it is known by."""
+
+    id: bytes
+    exact_prompt: bytes
+    pair: bytes
+    prompt: bytes
+    conversation: bytes
+    rater: bytes
+    voters: bytes
+    words: bytes
+    votes: bytes
+    day: int
+    row: Row
+    label: Label
+    desirable: int
 
 
-class _Batch:
-    """Rows in memory, in the order in which they came."""
-
-    def __init__(self) -> None:
-        self.digests: dict[str, list[bytes]] = {
-            name: [] for name in ("id", "pair", "exact_prompt", "prompt", "conversation", "rater", "voters")
-        }
-        self.texts: list[str] = []
-        self.votes: list[bytes] = []
-        self.days, self.labels, self.hlcs, self.weights = array("i"), array("b"), array("q"), array("d")
-        self.bytes = 0
-        self._ids: list[str] = []
-        self._turns = array("i")
-        self._roles: list[str] = []
-        self._contents: list[str] = []
-        self._answers: list[str] = []
-        self._prompt_ids: list[bytes | None] = []
-        self._completion_ids: list[bytes | None] = []
-        self._conversations: list[str] = []
-        self._adapters: list[str] = []
-        self._raters: list[str | None] = []
-        self._all_raters: list[list[str]] = []
-
-    def add(self, row: Row, label: Label | None) -> None:
-        """Append what is written of the row."""
-        for role, text in row.messages:
-            self._roles.append(role)
-            self._contents.append(text)
-            self.bytes += len(text)
-        self._turns.append(len(row.messages))
-        self._ids.append(row.example_id)
-        self._answers.append(row.answer)
-        self._prompt_ids.append(row.prompt_ids)
-        self._completion_ids.append(row.completion_ids)
-        self._conversations.append(row.conversation_id)
-        self._adapters.append(row.adapter)
-        self._raters.append(None if label is None else label.rater)
-        self._all_raters.append([] if label is None else label.raters)
-        self.bytes += len(row.answer) + len(row.prompt_ids or b"") + len(row.completion_ids or b"")
-
-    def rows(self) -> pa.RecordBatch:
-        """The rows in the columns of the snapshot."""
-        served = [ids is not None for ids in self._prompt_ids]
-        columns = {
-            "prompt": message_lists(self._turns, self._roles, self._contents),
-            "completion": message_lists([1] * len(self._ids), [ANSWER] * len(self._ids), self._answers),
-            "prompt_ids": id_lists(self._prompt_ids),
-            "completion_ids": id_lists(self._completion_ids),
-            "example_id": pa.array(self._ids),
-            "conversation_id": pa.array(self._conversations),
-            "rater": pa.array(self._raters, pa.string()),
-            "raters": pa.array(self._all_raters, pa.list_(pa.string())),
-            "adapter": pa.array(self._adapters),
-            "source": pa.array(["served" if known else "template" for known in served]),
-        }
-        return pa.RecordBatch.from_pydict(columns, schema=ROW_SCHEMA)
+_NO_LABEL = Label(desirable=False, weight=0.0, rater=None, hlc=0, raters=[])
 
 
 class Spooled:
@@ -257,7 +219,7 @@ class Spooled:
         """All rows with their numbers, by ranges of `ids` (the column) that go up and fit into memory; within one, in
         the order of their numbers.
         """
-        count = 1 + sum(len(rows.map) for rows in self._rows) // BATCH_BYTES
+        count = 1 + sum(len(rows.map) for rows in self._rows) // RANGE_BYTES
         bounds = np.array([(n << 64) // count for n in range(1, count)], np.uint64)
         starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         cuts = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from loop.events import uuid7
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot import make_snapshot
 from loop.store import open_store
-from loop.store.bulk import Row, open_bulk, staged_form
+from loop.store.bulk import Row, open_bulk
 from loop.store.engine import write
 from loop.store.schema import examples
 from tests.services_real import postgres_binaries, running_postgres
@@ -87,18 +88,18 @@ STORES = {"sqlite": sqlite, "postgres": postgres}
 def fill(settings: StoreSettings, count: int) -> float:
     """Put examples into the store, as the joiner leaves them and in the order of time; returns an event's mean size."""
     store, made = open_store(settings), Traffic(count)
-    columns, size = list(examples.columns), 0
+    size = 0
     for start in track(range(0, count, BATCH), "examples", disable=not sys.stderr.isatty()):
         rows = made.rows(start, min(start + BATCH, count))
         size += sum(len(row[-1]) for row in rows)
-        staged = staged_form(store, columns, rows)
         with write(store) as connection:
-            bulk = open_bulk(connection)
-            bulk.stage(columns, staged)
             if connection.dialect.name == "sqlite":
-                bulk.insert(examples, rows)
-            else:
-                bulk.insert_staged(examples)
+                open_bulk(connection).insert(examples, rows)
+                continue
+            cursor: Any = connection.connection.cursor()
+            with cursor.copy("COPY examples FROM STDIN") as copy:
+                for row in rows:
+                    copy.write_row(row)
     store.dispose()
     return size / count
 
@@ -240,8 +241,6 @@ class Phases(logging.Handler):
     @staticmethod
     def cpu_s() -> float:
         """Processor time of this process and of its children that have ended."""
-        import os
-
         return sum(os.times()[:4])
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -22,7 +22,7 @@ def clusters_of(texts: list[str], similarity: float, salt: str = "salt") -> list
     hashed = hasher(salt, "cluster")
     units = units_of([hashed(text.encode()) for text in texts])
     _, first, text_of = np.unique(units, return_index=True, return_inverse=True)
-    shingles, sizes = shingle_sets([texts[n] for n in first])
+    shingles, sizes = shingle_sets([texts[n].encode() for n in first])
     starts = np.cumsum(sizes) - sizes
     keys = band_keys(shingles, sizes, similarity).T
 
