@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
@@ -40,21 +41,24 @@ class _Job(msgspec.Struct):
     settings: dict[str, Any]
     since_day: date
     spool: Path
+    ranges: int
     part: int
     parts: int
 
 
-def collect(engine: Engine, settings: SnapshotSettings, since_day: date, spools: Sequence[Path]) -> Collected:
+def collect(
+    engine: Engine, settings: SnapshotSettings, since_day: date, spools: Sequence[Path], ranges: int
+) -> Collected:
     """Put the examples since this day that pass the steps which look at one alone into new spools, in shares; each but
     an only one by a process of its own.
 
     Raises StoreUnavailableError, and RuntimeError where such a process fails.
     """
     if len(spools) == 1:
-        return _collect(engine, settings, since_day, spools[0], 0, 1)
+        return _collect(engine, settings, since_day, spools[0], ranges, 0, 1)
     url = engine.url.render_as_string(hide_password=False)
     jobs = [
-        _Job(url, settings.model_dump(mode="json"), since_day, spool, part, len(spools))
+        _Job(url, settings.model_dump(mode="json"), since_day, spool, ranges, part, len(spools))
         for part, spool in enumerate(spools)
     ]
     with ExitStack() as stack:
@@ -65,10 +69,10 @@ def collect(engine: Engine, settings: SnapshotSettings, since_day: date, spools:
 
 
 def _collect(
-    engine: Engine, settings: SnapshotSettings, since_day: date, spool: Path, part: int, parts: int
+    engine: Engine, settings: SnapshotSettings, since_day: date, spool: Path, ranges: int, part: int, parts: int
 ) -> Collected:
     read, steps = 0, dict.fromkeys(STEPS, 0)
-    with Spool(spool, settings.salt, settings.near_duplicate_similarity) as spooled:
+    with Spool(spool, settings.salt, settings.near_duplicate_similarity, ranges) as spooled:
         for example in stream_examples(engine, since_day, part=part, parts=parts):
             for row in to_rows(example, settings):
                 read += 1
@@ -114,9 +118,11 @@ def _result(job: _Job, child: subprocess.Popen[bytes]) -> Collected:
 def _main(file: Path) -> None:
     job = msgspec.json.decode(file.read_bytes(), type=_Job, dec_hook=lambda _, path: Path(path))
     gc.disable()  # what is made for a row is gone with it: nothing to look for
+    pa.set_memory_pool(pa.system_memory_pool())  # which gives back what it does not need: half of the process's memory
     try:
         engine = open_store(StoreSettings(url=SecretStr(job.url)))
-        done = _collect(engine, SnapshotSettings(**job.settings), job.since_day, job.spool, job.part, job.parts)
+        settings = SnapshotSettings(**job.settings)
+        done = _collect(engine, settings, job.since_day, job.spool, job.ranges, job.part, job.parts)
     except StoreUnavailableError as exc:
         print(exc, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from dataclasses import asdict, dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from tempfile import mkdtemp
@@ -24,15 +24,15 @@ from loop.snapshot.labels import Labels
 from loop.snapshot.near import clusters
 from loop.snapshot.sorted_arrays import is_first, run_sizes
 from loop.snapshot.split import decide, decide_clusters, keep, load_known
-from loop.snapshot.spool import Spooled
+from loop.snapshot.spool import RANGES, Spooled
 from loop.snapshot.write import FORMAT, HELD_OUT, MANIFEST, TRAIN, RowFile, identify, publish
 from loop.store.examples import has_more_examples
 
 log = logging.getLogger("thumbwheel.snapshot")
 
 DAY_MS = 86_400_000
-ROWS_FOR_PROCESSES = 50_000
-"""Of fewer examples, other processes would take longer to start than to read."""
+SMALL_WINDOW = 50_000
+"""Up to so many examples, other processes would take longer to start than to read, and all rows fit into memory."""
 Flags = npt.NDArray[np.bool_]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -84,11 +84,13 @@ def make_snapshot(engine: Engine, settings: SnapshotSettings, *, out: Path, now_
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        spools = [made / "spool" / str(n) for n in range(_processes(engine, settings, since))]
+        is_large = has_more_examples(engine, since, SMALL_WINDOW)
+        ranges = RANGES if is_large else 1
+        spools = [made / "spool" / str(n) for n in range(settings.processes if is_large else 1)]
         (made / "spool").mkdir()
-        collected = collect(engine, settings, since, spools)
+        collected = collect(engine, settings, since, spools, ranges)
         _finished("collect")
-        with Spooled(spools, settings.near_duplicate_similarity) as rows:
+        with Spooled(spools, settings.near_duplicate_similarity, ranges) as rows:
             split = _split(rows, engine, settings)
             _finished("split")
             with Labels(rows, made / "spool" / "labels", settings.salt) as labels:
@@ -138,10 +140,6 @@ def load_snapshot(path: Path) -> Snapshot:
 
 def _that_matter(settings: SnapshotSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude={"dir", "min_labels", "processes"})
-
-
-def _processes(engine: Engine, settings: SnapshotSettings, since: date) -> int:
-    return settings.processes if has_more_examples(engine, since, ROWS_FOR_PROCESSES) else 1
 
 
 def _finished(phase: str) -> None:

@@ -1,16 +1,16 @@
 """Rows on the way through curation: in files, a column each, and read back by columns or by rows.
 
 Curation, split and caps look at few columns at a time, as arrays of 8 bytes a row and less; the rows' texts and token
-ids stay on disk, as Arrow batches of the snapshot's own columns, until they are written. So a snapshot takes some tens
-of bytes of memory a row, whatever is in it.
+ids stay on disk, in Arrow's format and in the snapshot's own columns, until they are written. So a snapshot takes some
+tens of bytes of memory a row, whatever is in it.
 
 A folder of these files is written by one process; several are read as one, whose rows are theirs one after the other.
-Within a batch rows lie in the order of `id`, which is the snapshot's: a range of ids is one slice of each batch.
+Rows are written in the order of `id`, so they are laid down by ranges of it, some megabytes of them together, and read
+back range by range.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,6 +26,7 @@ import pyarrow as pa
 from loop.snapshot.curate import Label, Row, Vote
 from loop.snapshot.near import band_keys, count_bands, shingle_sets
 from loop.snapshot.prompts import asked, normal_words
+from loop.snapshot.sorted_arrays import is_first
 from loop.snapshot.split import CLUSTER, CONVERSATION, RATER, hasher, units_of
 from loop.snapshot.write import ROW_SCHEMA, row_batch
 
@@ -52,10 +53,13 @@ COLUMNS = {
     "weight": np.float64,
     "hlc": np.int64,
 }
-ROWS = "rows.arrow"
+PIECES = {"piece_range": np.int32, "piece_start": np.int64, "piece_size": np.int64}  # of ROWS, each an Arrow message
+ROWS = "rows"
+RANGES = 256
 BATCH_ROWS = 8_192
-BATCH_BYTES = 32 << 20
-RANGE_BYTES = 64 << 20
+BATCH_BYTES = 16 << 20
+PIECES_BYTES = 32 << 20
+"""Of rows in memory, before they are written by ranges."""
 _encode_votes = msgspec.msgpack.Encoder().encode
 _decode_votes = msgspec.msgpack.Decoder(list[Vote]).decode
 
@@ -63,30 +67,30 @@ _decode_votes = msgspec.msgpack.Decoder(list[Vote]).decode
 class Spool:
     """Appends rows to the files of a folder of its own. Use as a context manager: at its end all is on disk."""
 
-    def __init__(self, folder: Path, salt: str, similarity: float) -> None:
+    def __init__(self, folder: Path, salt: str, similarity: float, ranges: int) -> None:
         folder.mkdir(parents=True)
-        self._similarity = similarity
-        names = [*COLUMNS, *(f"band_{n}" for n in range(count_bands(similarity)))]
+        self._similarity, self._ranges = similarity, ranges
+        names = [*COLUMNS, *PIECES, ROWS, *(f"band_{n}" for n in range(count_bands(similarity)))]
         self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
-        self._rows = pa.OSFile(str(folder / ROWS), "wb")
-        self._batches = pa.ipc.new_file(self._rows, ROW_SCHEMA)
         kinds = ("example", "exact", "pair", CLUSTER, CONVERSATION, RATER)
         self._id, self._exact, self._pair, self._cluster, self._conversation, self._rater = (
             hasher(salt, kind) for kind in kinds
         )
         self._batch: list[_Hashed] = []
-        self._bytes = 0
+        self._batch_bytes = 0
+        self._unwritten: list[tuple[U64, pa.RecordBatch]] = []
 
     def __enter__(self) -> Spool:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if exc[0] is None and self._batch:
-            self._flush()
-        self._batches.close()
-        self._rows.close()
-        for file in self._files.values():
-            file.close()
+        try:
+            if exc[0] is None:
+                self._flush()
+                self._write_rows()
+        finally:
+            for file in self._files.values():
+                file.close()
 
     def add(self, row: Row, label: Label | None, day: int) -> None:
         """Append a row; `label` is what its own votes come to, `day` which of two rows is the later one."""
@@ -111,18 +115,17 @@ class Spool:
             -1 if label is None else int(label.desirable),
         )
         self._batch.append(hashed)
-        self._bytes += len(prompt) + len(answer) + len(row.completion_ids or b"") + len(row.prompt_ids or b"")
-        if len(self._batch) == BATCH_ROWS or self._bytes > BATCH_BYTES:
+        self._batch_bytes += len(prompt) + len(answer) + len(row.completion_ids or b"") + len(row.prompt_ids or b"")
+        if len(self._batch) == BATCH_ROWS or self._batch_bytes > BATCH_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        ids = units_of([hashed.id for hashed in self._batch])
-        order = np.argsort(ids, kind="stable")
-        batch = [self._batch[n] for n in order.tolist()]
-        self._batch, self._bytes = [], 0
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        if not batch:
+            return
         raters = [hashed.rater or bytes(8) for hashed in batch]
         columns: dict[str, Column] = {
-            "id": ids[order],
+            "id": units_of([hashed.id for hashed in batch]),
             "day": np.array([hashed.day for hashed in batch]),
             "pair": units_of([hashed.pair for hashed in batch]),
             "exact_prompt": units_of([hashed.exact_prompt for hashed in batch]),
@@ -142,7 +145,25 @@ class Spool:
             values.astype(COLUMNS[name], copy=False).tofile(self._files[name])
         for n, keys in enumerate(band_keys(columns["set"], columns["set_size"], self._similarity).T):
             keys.tofile(self._files[f"band_{n}"])
-        self._batches.write_batch(row_batch([(hashed.row, hashed.label) for hashed in batch]))
+        self._unwritten.append((columns["id"], row_batch([(hashed.row, hashed.label) for hashed in batch])))
+        if sum(rows.nbytes for _, rows in self._unwritten) > PIECES_BYTES:
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        if not self._unwritten:
+            return
+        ids, batches = zip(*self._unwritten, strict=True)
+        self._unwritten = []
+        ranges = range_of(np.concatenate(ids), self._ranges)
+        order = np.argsort(ranges, kind="stable")
+        rows = pa.concat_batches(batches).take(pa.array(order))
+        starts = np.flatnonzero(is_first(ranges[order])).tolist()
+        for begin, end in pairwise([*starts, len(order)]):
+            message = rows.slice(begin, end - begin).serialize()
+            values = (ranges[order[begin]], self._files[ROWS].tell(), message.size)
+            for name, value in zip(PIECES, values, strict=True):
+                self._files[name].write(np.array(value, PIECES[name]).tobytes())
+            self._files[ROWS].write(message)
 
 
 class _Hashed(NamedTuple):
@@ -166,28 +187,31 @@ class _Hashed(NamedTuple):
 _NO_LABEL = Label(desirable=False, weight=0.0, rater=None, hlc=0, raters=[])
 
 
+def range_of(ids: U64, ranges: int) -> npt.NDArray[np.uint16]:
+    """Which of `ranges`, a power of two and as large as each other, the ids are in."""
+    bits = np.uint64(65 - ranges.bit_length())
+    return (ids >> bits if ranges > 1 else ids * np.uint64(0)).astype(np.uint16)
+
+
 class Spooled:
     """The rows of some spools' folders, as one. Use as a context manager."""
 
-    def __init__(self, folders: Sequence[Path], similarity: float) -> None:
-        self._folders = folders
+    def __init__(self, folders: Sequence[Path], similarity: float, ranges: int) -> None:
+        self._folders, self._ranges = folders, ranges
         self.bands = count_bands(similarity)
-        for name in ("votes", "set"):  # what is read here and there; so there is one place to look
+        for name in ("votes", "set"):  # what is read here and there: in one place
             for folder in folders[1:]:
                 with (folder / name).open("rb") as source, (folders[0] / name).open("ab") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-        self._votes, self._sets = _Mapped(folders[0] / "votes"), _Mapped(folders[0] / "set")
-        self._rows = [_Mapped(folder / ROWS) for folder in folders]
-        self._batches: list[pa.RecordBatch] = []
-        for rows in self._rows:
-            reader = pa.ipc.open_file(pa.py_buffer(rows.map))
-            self._batches += [reader.get_batch(n) for n in range(reader.num_record_batches)]
+        self._votes, self._sets = (folders[0] / "votes").open("rb"), (folders[0] / "set").open("rb")
+        self._rows = [(folder / ROWS).open("rb") for folder in folders]
 
     def __enter__(self) -> Spooled:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._batches.clear()
+        for file in (self._votes, self._sets, *self._rows):
+            file.close()
 
     def column(self, name: str) -> Column:
         """A column of all rows, in an array of its own."""
@@ -204,48 +228,32 @@ class Spooled:
 
     def sets(self, starts: I64, sizes: I64) -> U32:
         """The shingles of these many rows' prompts, flat; `starts` are places among all of them."""
-        ends = np.cumsum(sizes)
-        at = np.repeat(starts - (ends - sizes), sizes) + np.arange(ends[-1] if len(ends) else 0)
-        found: U32 = np.frombuffer(self._sets.map, np.uint32)[at]
-        self._sets.release()
-        return found
+        file, spans = self._sets.fileno(), zip((4 * starts).tolist(), (4 * sizes).tolist(), strict=True)
+        return np.frombuffer(b"".join([os.pread(file, size, start) for start, size in spans]), np.uint32)
 
     def votes(self, start: int, size: int) -> list[Vote]:
         """The votes on the row that takes these of all votes' bytes."""
-        votes: list[Vote] = _decode_votes(self._votes.map[start : start + size])
+        votes: list[Vote] = _decode_votes(os.pread(self._votes.fileno(), size, start))
         return votes
 
     def ranges(self, ids: U64) -> Iterator[tuple[I64, pa.Table]]:
-        """All rows with their numbers, by ranges of `ids` (the column) that go up and fit into memory; within one, in
-        the order of their numbers.
-        """
-        count = 1 + sum(len(rows.map) for rows in self._rows) // RANGE_BYTES
-        bounds = np.array([(n << 64) // count for n in range(1, count)], np.uint64)
-        starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        cuts = [
-            [begin, *(begin + np.searchsorted(ids[begin:end], bounds)), end] for begin, end in pairwise(starts.tolist())
-        ]
-        for n in range(count):
-            spans = [(cut[n], cut[n + 1]) for cut in cuts]
-            slices = [
-                batch.slice(begin - first, end - begin)
-                for batch, first, (begin, end) in zip(self._batches, starts.tolist(), spans, strict=False)
+        """All rows with their numbers, by ranges of `ids` (the column) that go up; within one, by their numbers."""
+        range_ = range_of(ids, self._ranges)
+        order = np.argsort(range_, kind="stable")
+        ends = np.searchsorted(range_[order], np.arange(self._ranges), side="right").tolist()
+        pieces = [self._pieces(folder) for folder in self._folders]
+        for n, (begin, end) in enumerate(pairwise([0, *ends])):
+            batches = [
+                pa.ipc.read_record_batch(pa.py_buffer(os.pread(file.fileno(), size, start)), ROW_SCHEMA)
+                for file, of_file in zip(self._rows, pieces, strict=True)
+                for start, size in of_file[n]
             ]
-            numbers = np.concatenate([np.zeros(0, np.int64), *(np.arange(begin, end) for begin, end in spans)])
-            yield numbers, pa.Table.from_batches(slices, ROW_SCHEMA).combine_chunks()
-            for rows in self._rows:
-                rows.release()
+            yield order[begin:end], pa.Table.from_batches(batches, ROW_SCHEMA).combine_chunks()
 
-
-class _Mapped:
-    """A file's bytes, mapped to be read."""
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            is_empty = os.fstat(file.fileno()).st_size == 0
-            self.map: Any = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def release(self) -> None:
-        """Count what was read no longer as this process's memory; it stays in the system's cache."""
-        if self.map:
-            self.map.madvise(mmap.MADV_DONTNEED)
+    def _pieces(self, folder: Path) -> list[list[tuple[int, int]]]:
+        """(start, size) of the pieces of each range."""
+        pieces: list[list[tuple[int, int]]] = [[] for _ in range(self._ranges)]
+        columns = [np.fromfile(folder / name, dtype).tolist() for name, dtype in PIECES.items()]
+        for range_, start, size in zip(*columns, strict=True):
+            pieces[range_].append((start, size))
+        return pieces

@@ -77,17 +77,18 @@ def stream_examples(
 
 def _pages(engine: Engine, since_day: date, part: int, parts: int, page_rows: int) -> Iterator[list[tuple[Any, ...]]]:
     with engine.connect() as connection:
+        connection.detach()  # a connection of its own, closed at the end: what it read once it need not keep
+        connection.exec_driver_sql("PRAGMA cache_size = -2048")
         first, last = connection.exec_driver_sql("SELECT min(rowid), max(rowid) FROM examples").one()
-    if first is None:
-        return
-    for page in range(first // page_rows, last // page_rows + 1):
-        if page % parts != part:
-            continue
-        with engine.connect() as connection:
-            cursor = connection.connection.cursor()
-            begin = page * page_rows
-            rows = cursor.execute(_PAGE, (begin, begin + page_rows - 1, since_day.isoformat())).fetchall()
-        yield [(*row[:2], _day(row[2]), *row[3:]) for row in rows]
+        connection.commit()
+        cursor = connection.connection.cursor()
+        pages = range(0) if first is None else range(first // page_rows, last // page_rows + 1)
+        for page in pages:
+            if page % parts == part:
+                begin = page * page_rows
+                # By itself a transaction, as it is all of one statement.
+                rows = cursor.execute(_PAGE, (begin, begin + page_rows - 1, since_day.isoformat())).fetchall()
+                yield [(*row[:2], _day(row[2]), *row[3:]) for row in rows]
 
 
 def _copied(engine: Engine, since_day: date, part: int, parts: int) -> Iterator[tuple[Any, ...]]:

@@ -18,6 +18,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,6 @@ import numpy as np
 from pydantic import SecretStr
 from rich.progress import track
 
-from loop.events import uuid7
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot import make_snapshot
 from loop.store import open_store
@@ -118,8 +119,11 @@ class Traffic:
 
     def rows(self, start: int, end: int) -> list[Row]:
         """The rows from number `start` to before `end`."""
-        texts = self._texts(end - start, PROMPT_WORDS)
-        return [self._row(n, words) for n, words in enumerate(texts, start)]
+        count = end - start
+        picks = self._rng.random((5, count)).T.tolist()
+        bits = self._rng.integers(1 << 63, size=(3, count)).T.tolist()
+        texts = self._texts(count, PROMPT_WORDS)
+        return [self._row(start + n, texts[n], picks[n], bits[n]) for n in range(count)]
 
     def _texts(self, count: int, words: int) -> list[list[str]]:
         # As often as by Zipf's law.
@@ -129,23 +133,23 @@ class Traffic:
     def _token_ids(self, count: int) -> str:
         return ",".join(map(str, (self._rng.random(count) ** 3 * 100_000).astype(int).tolist()))
 
-    def _row(self, n: int, words: list[str]) -> Row:
-        pick = self._random.random
-        answer = f"{self._answers[int(pick() * 5_000)]} {n}"
-        kind = pick()
+    def _row(self, n: int, words: list[str], picks: list[float], bits: list[int]) -> Row:
+        kind, of_earlier, of_words, of_raters, is_up = picks
+        answer = f"{self._answers[bits[0] % 5_000]} {n}"
         if self._earlier and kind < ASKED_AGAIN + ASKED_ALMOST_AGAIN:
-            words, earlier_answer = self._earlier[int(pick() * len(self._earlier))]
+            words, earlier_answer = self._earlier[int(of_earlier * len(self._earlier))]
             if kind < ANSWERED_AGAIN:
                 answer = earlier_answer
             elif kind > ASKED_AGAIN:
-                words = [*words[:12], self._words[int(pick() * VOCABULARY)], *words[13:]]
+                words = [*words[:12], self._words[int(of_words * VOCABULARY)], *words[13:]]
         elif len(self._earlier) < 100_000:
             self._earlier.append((words, answer))
         at_ms = NOW_MS - (self._count - n) * 29 * DAY_MS // self._count
-        key = f"{self._random.getrandbits(64):016x}"
-        id, up = f"chatcmpl-{key}-{uuid7(at_ms)}", pick() < 0.6
+        key, up = f"{bits[1]:016x}", is_up < 0.6
+        id = f"chatcmpl-{key}-{at_ms >> 16:08x}-{at_ms & 0xFFFF:04x}-7000-8000-{bits[2] >> 16:012x}"
+        first = int(of_raters * RATERS)
         raters = [
-            f"{int(pick() * RATERS) * 0x9E3779B97F4A7C15 % 2**128:032x}" for _ in range(1 if pick() < 0.97 else 2)
+            f"{rater * 0x9E3779B97F4A7C15:032x}" for rater in (first, first + 1)[: 1 if bits[2] % 100 < 97 else 2]
         ]
         votes = ", ".join(
             f'{{"rater": "{rater}", "value": "{"up" if up else "down"}", "weight": 1.0, "source": "explicit",'
@@ -161,17 +165,22 @@ class Traffic:
             f'"started_at_ms":{at_ms},"first_token_s":0.12,"duration_s":1.5}}'
         )
         event = (
-            f'{{"specversion":"1.0","id":"{key}-{n}","source":"bench","type":"thumbwheel.response.logged.v1","subject":'
-            f'"{id}","time":"2026-09-21T00:00:00.000+00:00","datacontenttype":"application/json","partitionkey":"{key}",'
+            f'{{"specversion":"1.0","id":"{key}-{n}","source":"bench","type":"thumbwheel.response.logged.v1",'
+            f'"subject":"{id}","time":"2026-09-21T00:00:00.000+00:00","datacontenttype":"application/json","partitionkey":"{key}",'
             f'"data":{data}}}'
         )
-        day = time.strftime("%Y-%m-%d", time.gmtime(at_ms // 1000))
+        day = _day(at_ms // DAY_MS)
         ups, downs = (len(raters), 0) if up else (0, len(raters))
         conversation = f"conversation-{key}"
         return (
             *(id, 0, key, day, "assistant@v000001", "live", conversation, ups, downs),
             *(f"[{votes}]", at_ms, event.encode()),
         )
+
+
+@cache
+def _day(number: int) -> str:
+    return str(date(1970, 1, 1) + timedelta(number))
 
 
 def measure(settings: StoreSettings, folder: Path) -> dict[str, Any]:

@@ -14,14 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select, update
 
 from loop.log import NewRecord
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot import Snapshot, load_snapshot, make_snapshot
 from loop.snapshot.prompts import normal_words
 from loop.snapshot.split import unit_of
-from loop.store import open_store
+from loop.store import open_store, write
+from loop.store.schema import examples
 from tests.join.traffic import START_MS, feedback, response, response_id
 from tests.snapshot.clustered import asked_of, clusters_of
 from tests.snapshot.stored import NOW_MS, example, put
@@ -227,6 +228,29 @@ def test_a_folder_that_is_no_snapshot_is_refused(store: Engine, tmp_path: Path) 
     (tmp_path / "taken").mkdir()
     with pytest.raises(ValueError, match="not a whole snapshot"):
         make_snapshot(store, SETTINGS, out=tmp_path / "taken", now_ms=NOW_MS)
+
+
+def test_how_a_producer_writes_its_json_does_not_show(tmp_path: Path) -> None:
+    ids = set()
+    for indent in (None, 1):
+        with fresh_store() as (store, folder):
+            put(store, [example(n, completion_ids=[4, 5] if n % 2 else []) for n in range(20)])
+            with write(store) as connection:
+                for id, body in connection.execute(select(examples.c.response_id, examples.c.body)).all():
+                    other = json.dumps(json.loads(body), indent=indent).encode()
+                    connection.execute(update(examples).where(examples.c.response_id == id).values(body=other))
+            made = make_snapshot(store, SETTINGS, out=folder / "snapshot", now_ms=NOW_MS)
+            rows = pq.read_table(made.train_path).to_pylist()
+            assert {len(row["prompt_ids"] or []) for row in rows} == {0, 4}
+            ids.add(made.snapshot_id)
+    assert len(ids) == 1
+
+
+def test_token_ids_that_are_none_are_refused(store: Engine, tmp_path: Path) -> None:
+    put(store, [example(1, completion_ids=[1, 2**31])])
+    with pytest.raises(ValueError, match="not whole numbers from 0"):
+        make_snapshot(store, SETTINGS, out=tmp_path / "a", now_ms=NOW_MS)
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"store.db"}
 
 
 def test_an_empty_window_gives_an_empty_snapshot(store: Engine, tmp_path: Path) -> None:
