@@ -56,7 +56,7 @@ COLUMNS = {
 PIECES = {"piece_range": np.int32, "piece_start": np.int64, "piece_size": np.int64}  # of ROWS, each an Arrow message
 ROWS = "rows"
 RANGES = 256
-BATCH_ROWS = 8_192
+BATCH_ROWS = 2_048
 BATCH_BYTES = 16 << 20
 PIECES_BYTES = 32 << 20
 """Of rows in memory, before they are written by ranges."""
