@@ -267,7 +267,7 @@ class SnapshotSettings(Section):
     undesirable_weight: Annotated[float, Field(ge=0, le=100)] | Literal["balance"] = "balance"
     """λ_U."""
     processes: Annotated[int, Field(ge=1, le=64)] = 2
-    """Processes that read a large window side by side, of 0.2 GB each."""
+    """Processes that read a large window side by side, of 0.3 GB each."""
 
 
 class TrainSettings(Section):

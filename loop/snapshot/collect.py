@@ -87,7 +87,7 @@ def _collect(
 def _child(job: _Job) -> Iterator[subprocess.Popen[bytes]]:
     """The process that does the job, ended with the block."""
     file = job.spool.with_suffix(".job")
-    file.touch(mode=0o600)  # it may hold the store's password
+    file.touch(mode=0o600)  # it may hold the store's password; the child removes it
     file.write_bytes(msgspec.json.encode(job, enc_hook=str))
     with job.spool.with_suffix(".log").open("wb") as log:
         child = subprocess.Popen(
@@ -117,6 +117,7 @@ def _result(job: _Job, child: subprocess.Popen[bytes]) -> Collected:
 
 def _main(file: Path) -> None:
     job = msgspec.json.decode(file.read_bytes(), type=_Job, dec_hook=lambda _, path: Path(path))
+    file.unlink()
     gc.disable()  # what is made for a row is gone with it: nothing to look for
     pa.set_memory_pool(pa.system_memory_pool())  # which gives back what it does not need: half of the process's memory
     try:

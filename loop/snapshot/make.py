@@ -7,6 +7,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from glob import escape
 from itertools import pairwise
 from pathlib import Path
 from tempfile import mkdtemp
@@ -82,6 +83,8 @@ def make_snapshot(engine: Engine, settings: SnapshotSettings, *, out: Path, now_
         return load_snapshot(out)
     since = datetime.fromtimestamp((now_ms - settings.window_days * DAY_MS) / 1000, UTC).date()
     out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{escape(out.name)}-*"):  # by a run that was killed in this, with gigabytes in it
+        shutil.rmtree(left, ignore_errors=True)
     made = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         is_large = has_more_examples(engine, since, SMALL_WINDOW)

@@ -144,7 +144,7 @@ class Spool:
         for name, values in columns.items():
             values.astype(COLUMNS[name], copy=False).tofile(self._files[name])
         for n, keys in enumerate(band_keys(columns["set"], columns["set_size"], self._similarity).T):
-            keys.tofile(self._files[f"band_{n}"])
+            np.ascontiguousarray(keys).tofile(self._files[f"band_{n}"])
         self._unwritten.append((columns["id"], row_batch([(hashed.row, hashed.label) for hashed in batch])))
         if sum(rows.nbytes for _, rows in self._unwritten) > PIECES_BYTES:
             self._write_rows()

@@ -204,6 +204,7 @@ def test_the_id_follows_from_content_and_settings_only(store: Engine, tmp_path: 
 
 def test_a_finished_snapshot_is_returned_as_it_is(store: Engine, tmp_path: Path) -> None:
     put(store, [example(n) for n in range(20)])
+    (tmp_path / ".a-left" / "spool").mkdir(parents=True)  # as after a kill -9
     first = make_snapshot(store, SETTINGS, out=tmp_path / "a", now_ms=NOW_MS)
     put(store, [example(n) for n in range(20, 40)])
     assert make_snapshot(store, SETTINGS, out=tmp_path / "a", now_ms=NOW_MS) == first
