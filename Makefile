@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 export PYTHON
 
 .PHONY: help install demo demo-model schemas lint test torture clean
-.PHONY: bench bench-trainer bench-trainer-cuda bench-gateway bench-join
+.PHONY: bench bench-trainer bench-trainer-cuda bench-gateway bench-join bench-snapshot
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -37,7 +37,7 @@ torture: $(INSTALLED) ## 100 faults against Kafka, Postgres, gateways and joiner
 	@deploy/install.sh debian postgres
 	@$(BIN)/python -m tests.torture --faults 100 --minutes 20
 
-bench: bench-gateway bench-join bench-trainer ## every benchmark; JSON lines
+bench: bench-gateway bench-join bench-snapshot bench-trainer ## every benchmark; JSON lines
 
 bench-gateway: $(INSTALLED) ## what the gateway costs, against direct, nginx, a bare proxy and LiteLLM
 	@deploy/install.sh debian nginx
@@ -45,6 +45,9 @@ bench-gateway: $(INSTALLED) ## what the gateway costs, against direct, nginx, a 
 
 bench-join: $(INSTALLED) ## joined events a second
 	@$(BIN)/python -m tests.bench.join
+
+bench-snapshot: $(INSTALLED) ## rows a second and memory of a night's dataset of a million examples
+	@$(BIN)/python -m tests.bench.snapshot
 
 bench-trainer: $(INSTALLED) ## rows a second and memory, against TRL
 	@$(BIN)/python -m tests.bench.trainer

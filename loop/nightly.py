@@ -29,7 +29,7 @@ from loop.rollout.swap import Fleet, go_live, load_everywhere, start_canary, unl
 from loop.rollout.vllm import EngineError
 from loop.settings import Settings
 from loop.snapshot import make_snapshot
-from loop.store.engine import is_passing, write
+from loop.store.engine import StoreUnavailableError, is_passing, write
 from loop.store.examples import count_labels
 from loop.store.routes import read_route
 from loop.store.runs import Run, Stage, record_stage, run_stages, set_run
@@ -100,7 +100,7 @@ def run_night(settings: Settings, fleet: Fleet, run: Run, stop: threading.Event)
     except Interrupted:
         raise
     except Exception as exc:  # the process's top for a run: whatever went wrong is the run's outcome, counted
-        if fleet.store.dialect.name == "postgresql" and is_passing(exc):
+        if fleet.store.dialect.name == "postgresql" and (isinstance(exc, StoreUnavailableError) or is_passing(exc)):
             raise Interrupted(f"the store is away: {exc}") from exc
         log.exception("run failed", extra={"action": "run_failed", "run": run.run_id})
         state, outcome = "failed", f"failed: {exc}"

@@ -266,6 +266,8 @@ class SnapshotSettings(Section):
     """λ_D; `balance` chooses it with λ_U so that λ_D·n_D / (λ_U·n_U) lies in the paper's range."""
     undesirable_weight: Annotated[float, Field(ge=0, le=100)] | Literal["balance"] = "balance"
     """λ_U."""
+    processes: Annotated[int, Field(ge=1, le=64)] = 2
+    """Processes that read a large window side by side, of 0.3 GB each."""
 
 
 class TrainSettings(Section):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from loop.events import IMPLICIT_SOURCES, ResponseLogged
+from loop.events import IMPLICIT_SOURCES
 from loop.settings import SnapshotSettings
 from loop.snapshot.prompts import message_text
+from loop.snapshot.sorted_arrays import run_sizes, run_starts
 
 if TYPE_CHECKING:
     from loop.store.examples import Example
@@ -33,7 +33,7 @@ STEPS = {
 }
 
 
-class Vote(msgspec.Struct, frozen=True, array_like=True):
+class Vote(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One rater's standing vote. `who` tells raters apart; it is the rater's hash where the vote is `named`."""
 
     who: str
@@ -45,22 +45,22 @@ class Vote(msgspec.Struct, frozen=True, array_like=True):
     """Whether the rater said it himself: then it goes before what was concluded from what he did."""
 
 
-class Row(msgspec.Struct, frozen=True, array_like=True):
+class Row(msgspec.Struct, frozen=True):
     """An example that passed the steps which look at it alone."""
 
     example_id: str
     messages: list[tuple[str, str]]
     """The prompt as (role, text)."""
     answer: str
-    prompt_ids: list[int] | None
-    completion_ids: list[int] | None
+    prompt_ids: bytes | None
+    """Decimal numbers with commas between them, as they were logged."""
+    completion_ids: bytes | None
     votes: list[Vote]
     conversation_id: str
     adapter: str
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(msgspec.Struct, frozen=True):
     """What the votes on a row come to."""
 
     desirable: bool
@@ -74,44 +74,96 @@ class Label:
     """Everybody named whose vote counted, for or against."""
 
 
+# What curation reads of an event and of an example's votes. Both were checked by the contract when they were joined;
+# token ids stay text, for a number of each would take longer than all the rest.
+
+
+_NULL = msgspec.Raw(b"null")
+
+
+class _Message(msgspec.Struct, gc=False):
+    role: Any = "user"
+    content: Any = None
+    tool_calls: Any = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    message: _Message
+    index: int = 0
+    token_ids: msgspec.Raw = _NULL
+    finish_reason: str | None = None
+
+
+class _Response(msgspec.Struct, gc=False):
+    choices: list[_Choice]
+    messages: list[_Message] | None = None
+    prompt: str | None = None
+    prompt_token_ids: msgspec.Raw = _NULL
+    aborted: bool = False
+
+
+class _Event(msgspec.Struct, gc=False):
+    data: _Response
+
+
+class _Cast(msgspec.Struct, gc=False):
+    rater: str
+    value: str
+    weight: float
+    source: str
+    hlc: int
+    correction: str | None = None
+
+
+_decode_event = msgspec.json.Decoder(_Event).decode
+_decode_votes = msgspec.json.Decoder(list[_Cast]).decode
+
+
 def to_rows(example: Example, settings: SnapshotSettings) -> Iterator[Row | str]:
     """The served answer and the raters' corrections, each as a row or the name of the step that drops it."""
-    served = _served(example, settings)
+    body, cast = _decode_event(example.event).data, _decode_votes(example.votes_json)
+    served = _served(example, body, cast, settings)
     yield served
     known = None if isinstance(served, str) else served.answer
-    for vote in example.votes:
-        if vote.get("correction") not in (None, known):
-            yield _corrected(example, vote, settings)
+    for vote in cast:
+        if vote.correction is not None and vote.correction != known:
+            yield _corrected(example, body, vote, vote.correction, settings)
 
 
-def _served(example: Example, settings: SnapshotSettings) -> Row | str:
-    body, example_id = example.body, f"{example.response_id}/{example.choice_index}"
-    choice = next((c for c in body.choices if c.index == example.choice_index), None)
-    votes = [_vote(vote, example_id, is_up=vote["value"] == "up") for vote in example.votes if vote["weight"] > 0]
+def _served(example: Example, body: _Response, cast: list[_Cast], settings: SnapshotSettings) -> Row | str:
+    example_id = f"{example.response_id}/{example.choice_index}"
+    choice = body.choices[0] if body.choices else None
+    if choice is not None and choice.index != example.choice_index:
+        choice = next((c for c in body.choices if c.index == example.choice_index), None)
+    votes = [_vote(vote, example_id, vote.value == "up") for vote in cast if vote.weight > 0]
     if not votes:
         return "unlabelled"
     if body.aborted or (choice is not None and choice.finish_reason in ("abort", "error")):
         return "aborted"
     if choice is not None and choice.finish_reason == "length":
         return "truncated"
-    answer = None if choice is None else message_text(choice.message.get("content"))
-    if choice is None or not (answer or choice.token_ids):
+    answer = None if choice is None else message_text(choice.message.content)
+    completion_ids = None if choice is None else _ids(choice.token_ids)
+    if choice is None or not (answer or completion_ids):
         return "empty"
-    served = bool(body.prompt_token_ids and choice.token_ids)
-    if not served and not settings.allow_untokenized:
-        return "untokenized"
+    prompt_ids = _ids(body.prompt_token_ids)
+    if prompt_ids is None or completion_ids is None:
+        prompt_ids = completion_ids = None
+        if not settings.allow_untokenized:
+            return "untokenized"
     prompt = _prompt(body)
-    if not served and not all(map(_is_text, [*prompt, choice.message])):
+    if prompt_ids is None and not all(map(_is_text, [*prompt, choice.message])):
         return "untemplated"
-    tokens = len(body.prompt_token_ids or ()) + len(choice.token_ids or ()) if served else 0
-    if settings.max_tokens is not None and tokens > settings.max_tokens:
-        return "too_long"
+    if settings.max_tokens is not None:
+        tokens = sum(ids.count(b",") + 1 for ids in (prompt_ids, completion_ids) if ids is not None)
+        if tokens > settings.max_tokens:
+            return "too_long"
     return Row(
         example_id=example_id,
         messages=_texts(prompt),
         answer=answer or "",
-        prompt_ids=body.prompt_token_ids if served else None,
-        completion_ids=choice.token_ids if served else None,
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
         votes=votes,
         # Without a conversation an example is one of its own.
         conversation_id=example.conversation_id or example.response_id,
@@ -119,56 +171,66 @@ def _served(example: Example, settings: SnapshotSettings) -> Row | str:
     )
 
 
-def _corrected(example: Example, vote: dict[str, Any], settings: SnapshotSettings) -> Row | str:
+def _corrected(
+    example: Example, body: _Response, vote: _Cast, correction: str, settings: SnapshotSettings
+) -> Row | str:
     """One rater's correction: nobody sampled it, so it has no token ids; desirable, whatever the rater thinks of the
     answer that it corrects.
     """
-    body, text = example.body, vote["correction"]
-    if not vote["weight"] > 0:
+    if not vote.weight > 0:
         return "unlabelled"
-    if not text.strip():
+    if not correction.strip():
         return "empty"
     if not settings.allow_untokenized:
         return "untokenized"
     prompt = _prompt(body)
     if (body.messages is None and body.prompt is None) or not all(map(_is_text, prompt)):
         return "untemplated"
-    example_id = f"{example.response_id}/{example.choice_index}/correction/{vote['rater']}"
+    example_id = f"{example.response_id}/{example.choice_index}/correction/{vote.rater}"
     return Row(
         example_id=example_id,
         messages=_texts(prompt),
-        answer=text,
+        answer=correction,
         prompt_ids=None,
         completion_ids=None,
-        votes=[_vote(vote, example_id, is_up=True)],
+        votes=[_vote(vote, example_id, True)],
         conversation_id=example.conversation_id or example.response_id,
         adapter=example.adapter,
     )
 
 
-def _vote(vote: dict[str, Any], example_id: str, *, is_up: bool) -> Vote:
-    who, is_thumb = vote["rater"], vote["source"] not in IMPLICIT_SOURCES
-    return Vote(who or example_id, bool(who), is_up, float(vote["weight"]), int(vote["hlc"]), is_thumb)
+def _vote(vote: _Cast, example_id: str, up: bool) -> Vote:
+    who = vote.rater
+    return Vote(who or example_id, who != "", up, vote.weight, vote.hlc, vote.source not in IMPLICIT_SOURCES)
 
 
-def _prompt(body: ResponseLogged) -> list[dict[str, Any]]:
-    return body.messages if body.messages is not None else [{"role": "user", "content": body.prompt or ""}]
+def _ids(raw: msgspec.Raw) -> bytes | None:
+    """What is between the brackets of a list; None where there is no list, or nothing in it."""
+    return bytes(raw).strip(b"[] \t\r\n") or None if raw != _NULL else None
 
 
-def _texts(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(str(m.get("role", "user")), message_text(m.get("content")) or "") for m in messages]
+def _prompt(body: _Response) -> list[_Message]:
+    return body.messages if body.messages is not None else [_Message(content=body.prompt or "")]
 
 
-def _is_text(message: dict[str, Any]) -> bool:
-    return message_text(message.get("content")) is not None and not message.get("tool_calls")
+def _texts(messages: list[_Message]) -> list[tuple[str, str]]:
+    return [(str(message.role), message_text(message.content) or "") for message in messages]
 
 
-def settle(votes: Iterable[Vote], rule: Literal["drop", "majority"]) -> Label | None:
+def _is_text(message: _Message) -> bool:
+    return message_text(message.content) is not None and not message.tool_calls
+
+
+def settle(votes: Sequence[Vote], rule: Literal["drop", "majority"]) -> Label | None:
     """The label that votes come to, the last one of each rater counting, and a thumb
     before what was only concluded; None where they do not come to one.
 
     A tie is never a label. Weights decide the majority: a vote of weight 0.2 is a fifth of a vote.
     """
+    if len(votes) == 1 and votes[0].weight > 0:  # as nearly always; the same as below, sooner
+        (vote,) = votes
+        named = [vote.who] if vote.named else []
+        return Label(vote.up, vote.weight, vote.who if vote.named else None, vote.hlc, named)
     last: dict[str, Vote] = {}
     for vote in votes:
         known = last.get(vote.who)
@@ -198,14 +260,12 @@ def newest_within(
 
     Among equals the earlier row stays, so rows must come in a canonical order.
     """
+    keep = np.ones(len(group), bool)
     if limit is None:
-        return np.ones(len(group), bool)
-    order = np.lexsort((-hlc, group))
-    grouped = group[order]
-    at = np.arange(len(group))
-    first = (
-        np.maximum.accumulate(np.where(np.concatenate([[True], grouped[1:] != grouped[:-1]]), at, 0)) if len(at) else at
-    )
-    keep = np.empty(len(group), bool)
-    keep[order] = (at - first < limit) | (grouped == 0)
+        return keep
+    order = np.argsort(group, kind="stable")
+    # Only the rows of groups that are too large must be put in order.
+    rows = order[(run_sizes(group[order]) > limit) & (group[order] > 0)]
+    rows = rows[np.lexsort((-hlc[rows], group[rows]))]
+    keep[rows] = np.arange(len(rows)) - run_starts(group[rows]) < limit
     return keep

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from glob import escape
+from itertools import pairwise
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -17,16 +19,25 @@ from sqlalchemy import Engine
 
 from loop.settings import SnapshotSettings
 from loop.snapshot.balance import class_weights
-from loop.snapshot.curate import STEPS, Label, newest_within, settle, to_rows
-from loop.snapshot.split import Known, decide, decide_clusters, keep, load_known
-from loop.snapshot.spool import Columns, Spool
-from loop.snapshot.write import FORMAT, HELD_OUT, MANIFEST, TRAIN, identify, publish, record, write_rows
-from loop.store.examples import Example, stream_examples
+from loop.snapshot.collect import collect
+from loop.snapshot.curate import STEPS, newest_within, settle
+from loop.snapshot.labels import Labels
+from loop.snapshot.near import clusters
+from loop.snapshot.sorted_arrays import is_first, run_sizes
+from loop.snapshot.split import decide, decide_clusters, keep, load_known
+from loop.snapshot.spool import RANGES, Spooled
+from loop.snapshot.write import FORMAT, HELD_OUT, MANIFEST, TRAIN, RowFile, identify, publish
+from loop.store.examples import has_more_examples
+
+log = logging.getLogger("thumbwheel.snapshot")
 
 DAY_MS = 86_400_000
-_BATCH = 2_048
+SMALL_WINDOW = 50_000
+"""Up to so many examples, other processes would take longer to start than to read, and all rows fit into memory."""
 Flags = npt.NDArray[np.bool_]
-Indices = npt.NDArray[np.int64]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -54,12 +65,9 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Split:
-    """Tonight's decisions: held_out [rows]; units of held-out raters and conversations; every prompt's flag."""
+    """Tonight's decisions: which rows are held out [rows]."""
 
     held_out: Flags
-    raters: npt.NDArray[np.uint64]
-    conversations: npt.NDArray[np.uint64]
-    prompts_held: Flags
     clusters: int
     """How many prompt clusters there are."""
 
@@ -68,32 +76,39 @@ def make_snapshot(engine: Engine, settings: SnapshotSettings, *, out: Path, now_
     """Make the snapshot of the window before `now_ms` in the folder `out`; where `out` is whole already, that one.
 
     The same examples and the same `split_units` give the same `snapshot_id` and the same bytes, in whatever order the
-    examples arrived. Raises ValueError where `out` is something else than a snapshot.
+    examples arrived and however many processes read them. Raises ValueError where `out` is something else than a
+    snapshot, StoreUnavailableError.
     """
     if out.exists():
         return load_snapshot(out)
     since = datetime.fromtimestamp((now_ms - settings.window_days * DAY_MS) / 1000, UTC).date()
     out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{escape(out.name)}-*"):  # by a run that was killed in this, with gigabytes in it
+        shutil.rmtree(left, ignore_errors=True)
     made = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        with Spool(made / "spool", settings.salt) as spool:
-            steps = dict.fromkeys(STEPS, 0)
-            read = _collect(stream_examples(engine, since), spool, settings, steps)
-            rows = spool.columns()
-            known = load_known(engine)
-            split = _split(rows, spool, known, settings)
-            # Kept before anything is published: a snapshot whose split nobody remembers must not exist.
-            keep(engine, known, split.raters, split.conversations, spool.prompts.units, split.prompts_held)
-            chosen, ascribed = _curate(rows, split.held_out, spool, settings, steps)
-            manifest = _write(made, rows, split.held_out, chosen, ascribed, spool, settings)
-        (made / "spool").unlink()
+        is_large = has_more_examples(engine, since, SMALL_WINDOW)
+        ranges = RANGES if is_large else 1
+        spools = [made / "spool" / str(n) for n in range(settings.processes if is_large else 1)]
+        (made / "spool").mkdir()
+        collected = collect(engine, settings, since, spools, ranges)
+        _finished("collect")
+        with Spooled(spools, settings.near_duplicate_similarity, ranges) as rows:
+            split = _split(rows, engine, settings)
+            _finished("split")
+            with Labels(rows, made / "spool" / "labels", settings.salt) as labels:
+                chosen = _curate(rows, split.held_out, labels, settings, collected.steps)
+                _finished("curate")
+                manifest = _write(made, rows, split.held_out, labels, chosen, settings)
+                _finished("write")
+        shutil.rmtree(made / "spool")
         content = {"format": FORMAT, "settings": _that_matter(settings), **manifest}
         extra = {
             "snapshot_id": identify(content),
             "created_at": datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(),
             "window": {"since": since.isoformat(), "days": settings.window_days},
-            "read": read,
-            "steps": [{"step": step, "dropped": steps[step], "why": why} for step, why in STEPS.items()],
+            "read": collected.read,
+            "steps": [{"step": step, "dropped": collected.steps[step], "why": why} for step, why in STEPS.items()],
             "clusters": split.clusters,
         }
         publish(made, out, content | extra)
@@ -127,121 +142,131 @@ def load_snapshot(path: Path) -> Snapshot:
 
 
 def _that_matter(settings: SnapshotSettings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", exclude={"dir", "min_labels"})
+    return settings.model_dump(mode="json", exclude={"dir", "min_labels", "processes"})
 
 
-def _collect(examples: Iterable[Example], spool: Spool, settings: SnapshotSettings, steps: dict[str, int]) -> int:
-    """Spool what passes the steps that look at one row; returns how many there were, corrections among them."""
-    read = 0
-    for example in examples:
-        for row in to_rows(example, settings):
-            read += 1
-            if isinstance(row, str):
-                steps[row] += 1
-            else:
-                spool.add(row, settle(row.votes, settings.disagreement), example.day.toordinal())
-    return read
+def _finished(phase: str) -> None:
+    log.info("snapshot phase finished", extra={"action": "snapshot_phase_finished", "phase": phase})
 
 
-def _split(rows: Columns, spool: Spool, known: Known, settings: SnapshotSettings) -> Split:
-    share = settings.held_out_share
-    raters, rater_of = np.unique(rows.voters, return_inverse=True)
-    conversations, conversation_of = np.unique(rows.conversation, return_inverse=True)
-    cluster_of = spool.prompts.clusters(settings.near_duplicate_similarity)
-    raters_held = decide(raters, known.held_raters, share)
-    conversations_held = decide(conversations, known.held_conversations, share)
-    prompts_held = decide_clusters(spool.prompts.units, cluster_of, known, share)
-    held_out = conversations_held[conversation_of] | prompts_held[rows.prompt]
-    held_out[rows.voter_row[raters_held[rater_of]]] = True
-    clusters = len(np.unique(cluster_of))
-    return Split(held_out, raters[raters_held], conversations[conversations_held], prompts_held, clusters)
+def _split(rows: Spooled, engine: Engine, settings: SnapshotSettings) -> Split:
+    """Decide what is held out, and keep it: a snapshot whose split nobody remembers must not be published."""
+    known, share = load_known(engine), settings.held_out_share
+    prompts, prompt_of, cluster_of = _prompts(rows, settings.near_duplicate_similarity)
+    prompts_held = decide_clusters(prompts, cluster_of, known, share)
+    held_out = prompts_held[prompt_of]
+
+    conversation = rows.column("conversation")
+    is_held = decide(conversation, known.held_conversations, share)
+    held_out |= is_held
+    conversations = np.unique(conversation[is_held])
+
+    voters = rows.column("voters")
+    is_held = decide(voters, known.held_raters, share)
+    held_out[np.repeat(np.arange(len(held_out), dtype=np.int32), rows.column("voters_size"))[is_held]] = True
+    keep(engine, known, np.unique(voters[is_held]), conversations, prompts, prompts_held)
+    return Split(held_out, int((cluster_of == np.arange(len(prompts))).sum()))
 
 
-def _curate(
-    rows: Columns, held_out: Flags, spool: Spool, settings: SnapshotSettings, steps: dict[str, int]
-) -> tuple[Indices, dict[int, Label]]:
-    """The rows that stay, in the snapshot's order, and the labels that were pooled from several rows' votes.
+def _prompts(rows: Spooled, similarity: float) -> tuple[U64, I32, I32]:
+    """Units of the distinct prompts, sorted [p]; each row's place among them [n]; their clusters [p]."""
+    units = rows.column("prompt")
+    order = np.argsort(units, kind="stable")
+    units = units[order]
+    is_new = is_first(units)
+    prompt_of = np.empty(len(units), np.int32)
+    prompt_of[order] = np.cumsum(is_new, dtype=np.int32) - 1
+    units, first = units[is_new], order[is_new].astype(np.int32)
+    del order, is_new
+    sizes = rows.column("set_size")
+    starts = (np.cumsum(sizes) - sizes)[first]
+    sizes = sizes[first]
+    cluster_of = clusters(
+        len(units),
+        rows.bands,
+        lambda band: rows.column(f"band_{band}")[first],
+        sizes,
+        lambda prompts: rows.sets(starts[prompts], sizes[prompts]),
+        similarity,
+    )
+    return units, prompt_of, cluster_of
+
+
+def _curate(rows: Spooled, held_out: Flags, labels: Labels, settings: SnapshotSettings, steps: dict[str, int]) -> I64:
+    """The rows that stay, in the snapshot's order; those that stand for several rows get the label of all their votes.
 
     In training, the same answer to the same prompt is one row, whoever voted. Held out, it is one for each rater (else
     for each conversation): the gate's intervals come from resampling raters, who must keep their own votes.
     """
-    chosen: Indices = np.lexsort(rows.order)
-    voter = np.where(rows.rater > 0, rows.rater, rows.conversation)
-    same = np.where(held_out, rows.pair ^ voter, rows.pair)
-    chosen, pooled = _merge(chosen, same, held_out, rows, spool, settings)
-    steps["exact_duplicates"] = len(rows.label) - len(chosen)
+    ids = rows.column("id")
+    order = np.argsort(ids, kind="stable")
+    order = order[is_first(ids[order])]  # an example may have been read twice
+    del ids
+    chosen = _merge(order, held_out, labels, rows, settings)
+    steps["exact_duplicates"] = len(held_out) - len(chosen)
 
-    agreed = chosen[rows.label[chosen] >= 0]
+    agreed = chosen[labels.desirable[chosen] >= 0]
     steps["disagreement"] = len(chosen) - len(agreed)
 
-    training = ~held_out[agreed]
-    by_rater = np.where(training, rows.rater[agreed], 0).astype(np.uint64)
-    capped = agreed[newest_within(by_rater, rows.hlc[agreed], settings.max_per_rater)]
+    by_rater = np.where(held_out[agreed], 0, labels.rater[agreed])
+    capped = agreed[newest_within(by_rater, labels.hlc[agreed], settings.max_per_rater)]
     steps["max_per_rater"] = len(agreed) - len(capped)
 
-    by_prompt = np.where(held_out[capped], 0, rows.exact_prompt[capped]).astype(np.uint64)
-    left = capped[newest_within(by_prompt, rows.hlc[capped], settings.max_per_prompt)]
+    by_prompt = np.where(held_out[capped], 0, rows.column("exact_prompt")[capped])
+    left = capped[newest_within(by_prompt, labels.hlc[capped], settings.max_per_prompt)]
     steps["max_per_prompt"] = len(capped) - len(left)
-    return left, pooled
+    return left
 
 
-def _merge(
-    order: Indices,
-    same: npt.NDArray[np.uint64],
-    held_out: Flags,
-    rows: Columns,
-    spool: Spool,
-    settings: SnapshotSettings,
-) -> tuple[Indices, dict[int, Label]]:
-    """One row, the last in order, of those that are the `same` on one side of the split; its columns take the pooled
-    votes' label. Only rows that have a duplicate are read back."""
-    key = np.stack([same[order], held_out[order].astype(np.uint64)], axis=1)
-    _, group, sizes = np.unique(key, axis=0, return_inverse=True, return_counts=True)
-    pooled: dict[int, Label] = {}
+def _merge(order: I64, held_out: Flags, labels: Labels, rows: Spooled, settings: SnapshotSettings) -> I64:
+    """One row, the latest, of those that are the same on one side of the split. Only the votes on rows that have a
+    duplicate are read back.
+    """
+    same = rows.column("pair")
+    voter = np.where(labels.rater > 0, labels.rater, rows.column("conversation"))
+    same = np.where(held_out, ~(same ^ voter), same)[order]
+    del voter
+    places = np.argsort(same, kind="stable")
+    places = places[run_sizes(same[places]) > 1]
+    group, members = same[places], order[places]
+    latest = np.lexsort((rows.column("day")[members], group))
+    places, group, members = places[latest], group[latest], members[latest]
+
+    sizes = rows.column("votes_size")
+    starts, sizes = (np.cumsum(sizes, dtype=np.int64) - sizes)[members].tolist(), sizes[members].tolist()
     keeps = np.ones(len(order), bool)
-    places = np.nonzero(sizes[group] > 1)[0]
-    places = places[np.argsort(group[places], kind="stable")]
-    for members in np.split(places, np.nonzero(np.diff(group[places]))[0] + 1) if len(places) else ():
-        keeps[members[:-1]] = False
-        last = int(order[members[-1]])
-        votes = [vote for row in spool.read(rows.offset[order[members]]) for vote in row.votes]
-        label = settle(votes, settings.disagreement)
-        rows.label[last] = -1 if label is None else int(label.desirable)
-        if label is not None:
-            pooled[last] = label
-            rows.weight[last], rows.hlc[last] = label.weight, label.hlc
-            rows.rater[last] = 0 if label.rater is None else spool.unit("rater", label.rater)
-    return order[keeps], pooled
+    begins = np.flatnonzero(is_first(group))
+    for begin, end in pairwise([*begins.tolist(), len(members)]):
+        keeps[places[begin : end - 1]] = False
+        votes = [vote for n in range(begin, end) for vote in rows.votes(starts[n], sizes[n])]
+        labels.set(int(members[end - 1]), settle(votes, settings.disagreement))
+    kept: I64 = order[keeps]
+    return kept
 
 
 def _write(
-    made: Path,
-    rows: Columns,
-    held_out: Flags,
-    chosen: Indices,
-    pooled: dict[int, Label],
-    spool: Spool,
-    settings: SnapshotSettings,
+    made: Path, rows: Spooled, held_out: Flags, labels: Labels, chosen: I64, settings: SnapshotSettings
 ) -> dict[str, Any]:
     """Write both Parquet files; returns the manifest's part on them. Held-out rows keep their votes' weight alone."""
-    train, held = chosen[~held_out[chosen]], chosen[held_out[chosen]]
-    up, down = (float(rows.weight[train[rows.label[train] == label]].sum()) for label in (1, 0))
+    training = chosen[~held_out[chosen]]
+    up, down = (float(labels.weight[training[labels.desirable[training] == label]].sum()) for label in (1, 0))
     lambdas = class_weights(up, down, settings.desirable_weight, settings.undesirable_weight)
-
-    def batches(part: Indices, lambda_d: float, lambda_u: float) -> Iterator[list[dict[str, Any]]]:
-        for begin in range(0, len(part), _BATCH):
-            indices = part[begin : begin + _BATCH]
-            batch = []
-            for index, row in zip(indices.tolist(), spool.read(rows.offset[indices]), strict=True):
-                label = pooled.get(index) or settle(row.votes, settings.disagreement)
-                assert label is not None, "rows without a label were dropped by `disagreement`"
-                weight = label.weight * (lambda_d if label.desirable else lambda_u)
-                batch.append(record(row, label, weight))
-            yield batch
-
+    ids = rows.column("id")
+    ends = ids[chosen]
     files: dict[str, Any] = {}
-    for name, part, weights in ((TRAIN, train, lambdas), (HELD_OUT, held, (1.0, 1.0))):
-        digest = write_rows(made / name, batches(part, *weights))
-        desirable = int((rows.label[part] == 1).sum())
-        files[name] = {"sha256": digest, "desirable": desirable, "undesirable": len(part) - desirable}
+    with RowFile(made / TRAIN) as train, RowFile(made / HELD_OUT) as held:
+        begin = 0
+        for numbers, table in rows.ranges(ids):
+            end = begin if len(numbers) == 0 else int(np.searchsorted(ends, ids[numbers].max(), side="right"))
+            mine, begin = chosen[begin:end], end
+            for file, part, weights in (
+                (train, mine[~held_out[mine]], lambdas),
+                (held, mine[held_out[mine]], (1.0, 1.0)),
+            ):
+                desirable = labels.desirable[part] == 1
+                weight = labels.weight[part] * np.where(desirable, *weights)
+                file.add(labels.ascribe(table.take(np.searchsorted(numbers, part)), part), desirable, weight)
+        for name, file, part in ((TRAIN, train, training), (HELD_OUT, held, chosen[held_out[chosen]])):
+            desirable = int((labels.desirable[part] == 1).sum())
+            files[name] = {"sha256": file.finish(), "desirable": desirable, "undesirable": len(part) - desirable}
     return {"files": files, "weights": {"desirable": lambdas[0], "undesirable": lambdas[1]}}

@@ -10,32 +10,51 @@ units, so a new split.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Engine, insert, select, update
+from sqlalchemy import Engine, insert, select
 
+from loop.snapshot.sorted_arrays import contains
 from loop.store.engine import write
 from loop.store.schema import split_units
 
 U64 = npt.NDArray[np.uint64]
-I64 = npt.NDArray[np.int64]
+I32 = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 
 RATER, CONVERSATION, CLUSTER = "rater", "conversation", "cluster"
 _NOTHING: U64 = np.zeros(0, np.uint64)
-# SQLite's write lock is shared with the joiner: a transaction stays in the tens of milliseconds.
-_ROWS_A_TRANSACTION = 2_000
+_STORED = np.dtype("<u8")
+# SQLite's write lock is shared with the joiner: a transaction, of half a megabyte, stays in the tens of milliseconds.
+UNITS_A_ROW = 65_536
 
 
 def unit_of(salt: str, kind: str, name: str) -> int:
     """The 64-bit number of a rater, a conversation or a prompt, never 0 (which stands for none)."""
-    hashed = _salted(salt, kind).copy()
-    hashed.update(name.encode())
-    return int.from_bytes(hashed.digest()) or 1
+    return int(units_of([hasher(salt, kind)(name.encode())])[0])
+
+
+def hasher(salt: str, kind: str) -> Callable[[bytes], bytes]:
+    """What makes 8 bytes of a name, to be turned into numbers many at a time by `units_of`."""
+    salted = _salted(salt, kind)
+
+    def digest(name: bytes) -> bytes:
+        hashed = salted.copy()
+        hashed.update(name)
+        return hashed.digest()
+
+    return digest
+
+
+def units_of(digests: Sequence[bytes]) -> U64:
+    """The units that these hashes are."""
+    units = np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
+    return np.maximum(units, np.uint64(1))
 
 
 @cache
@@ -57,60 +76,55 @@ class Known:
 def decide(units: U64, held: U64, share: float) -> Flags:
     """Which units are held out: those known to be, and those whose hash says so. [n] -> [n]"""
     # Compared as float64: exact enough for a share, and no overflow at 2^64.
-    return np.isin(units, held) | (units.astype(np.float64) < share * 2.0**64)
+    return contains(held, units) | (units.astype(np.float64) < share * 2.0**64)
 
 
-def decide_clusters(prompts: U64, cluster_of: I64, known: Known, share: float) -> Flags:
-    """Which prompts' clusters are held out: units [p], cluster numbers [p] (below p) -> [p]."""
-    count = len(prompts)
-    has_held, has_train = np.zeros(count, bool), np.zeros(count, bool)
-    has_held[cluster_of[np.isin(prompts, known.held_prompts)]] = True
-    has_train[cluster_of[np.isin(prompts, known.train_prompts)]] = True
-    smallest = np.full(count, np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(smallest, cluster_of, prompts)
-    new = decide(smallest, _NOTHING, share)
+def decide_clusters(prompts: U64, cluster_of: I32, known: Known, share: float) -> Flags:
+    """Which prompts' clusters are held out: sorted units [p], the first prompt in each one's cluster [p] -> [p]."""
+    has_held, has_train = np.zeros(len(prompts), bool), np.zeros(len(prompts), bool)
+    has_held[cluster_of[contains(known.held_prompts, prompts)]] = True
+    has_train[cluster_of[contains(known.train_prompts, prompts)]] = True
+    new = decide(prompts, _NOTHING, share)  # by the first prompt: its unit is the cluster's smallest
     held: Flags = np.where(has_held, True, np.where(has_train, False, new))[cluster_of]
     return held
 
 
 def load_known(engine: Engine) -> Known:
     """What `split_units` holds, 8 bytes a unit."""
-    found: dict[tuple[str, bool], list[int]] = {}
+    found: dict[tuple[str, bool], list[U64]] = {}
     with engine.connect() as connection:
-        query = select(split_units.c.kind, split_units.c.unit, split_units.c.held_out)
-        for kind, unit, held_out in connection.execution_options(yield_per=10_000).execute(query):
-            found.setdefault((kind, held_out), []).append(int(unit, 16))
-    units = {key: np.sort(np.asarray(values, dtype=np.uint64)) for key, values in found.items()}
+        query = select(split_units.c.kind, split_units.c.held_out, split_units.c.units)
+        for kind, held_out, units in connection.execution_options(yield_per=100).execute(query):
+            found.setdefault((kind, held_out), []).append(np.frombuffer(units, _STORED))
+
+    def units_of_kind(kind: str, held_out: bool) -> U64:
+        return np.unique(np.concatenate([_NOTHING, *found.pop((kind, held_out), [])]))
+
+    held_prompts, train_prompts = units_of_kind(CLUSTER, True), units_of_kind(CLUSTER, False)
     return Known(
-        held_raters=units.get((RATER, True), _NOTHING),
-        held_conversations=units.get((CONVERSATION, True), _NOTHING),
-        held_prompts=units.get((CLUSTER, True), _NOTHING),
-        train_prompts=units.get((CLUSTER, False), _NOTHING),
+        held_raters=units_of_kind(RATER, True),
+        held_conversations=units_of_kind(CONVERSATION, True),
+        held_prompts=held_prompts,
+        # A prompt that moved to held out later stands in both.
+        train_prompts=train_prompts[~contains(held_prompts, train_prompts)],
     )
 
 
 def keep(engine: Engine, known: Known, raters: U64, conversations: U64, prompts: U64, prompts_held: Flags) -> None:
-    """Add tonight's decisions: held-out raters and conversations, and every prompt with its flag.
+    """Add tonight's decisions: held-out raters and conversations, and every prompt with its flag; all sorted.
 
     A prompt that was in training moves to held out where its cluster does, never the other way. In short transactions:
     what a crash leaves is part of the same decisions, and the next call completes it.
     """
-    changed = np.isin(prompts, known.train_prompts) & prompts_held
-    fresh = ~np.isin(prompts, known.train_prompts) & ~np.isin(prompts, known.held_prompts)
-    rows = [(RATER, unit, True) for unit in np.setdiff1d(raters, known.held_raters)]
-    rows += [(CONVERSATION, unit, True) for unit in np.setdiff1d(conversations, known.held_conversations)]
-    rows += [(CLUSTER, unit, bool(held)) for unit, held in zip(prompts[fresh], prompts_held[fresh], strict=True)]
-    for begin in range(0, len(rows), _ROWS_A_TRANSACTION):
-        batch = rows[begin : begin + _ROWS_A_TRANSACTION]
-        with write(engine) as connection:
-            connection.execute(
-                insert(split_units), [{"kind": k, "unit": f"{u:016x}", "held_out": held} for k, u, held in batch]
-            )
-    moved = [f"{unit:016x}" for unit in prompts[changed]]
-    for begin in range(0, len(moved), 500):
-        with write(engine) as connection:
-            connection.execute(
-                update(split_units)
-                .where(split_units.c.kind == CLUSTER, split_units.c.unit.in_(moved[begin : begin + 500]))
-                .values(held_out=True)
-            )
+    held, trained = prompts[prompts_held], prompts[~prompts_held]
+    fresh = (
+        (RATER, True, raters[~contains(known.held_raters, raters)]),
+        (CONVERSATION, True, conversations[~contains(known.held_conversations, conversations)]),
+        (CLUSTER, True, held[~contains(known.held_prompts, held)]),
+        (CLUSTER, False, trained[~contains(known.train_prompts, trained)]),
+    )
+    for kind, held_out, units in fresh:
+        for begin in range(0, len(units), UNITS_A_ROW):
+            stored = units[begin : begin + UNITS_A_ROW].astype(_STORED).tobytes()
+            with write(engine) as connection:
+                connection.execute(insert(split_units).values(kind=kind, held_out=held_out, units=stored))

@@ -1,127 +1,259 @@
-"""Rows on the way through curation: their bodies in a temporary file, of each only a few numbers in memory.
+"""Rows on the way through curation: in files, a column each, and read back by columns or by rows.
 
-So a snapshot takes a few hundred bytes of memory a row, not the row; curation, split and caps are array operations.
+Curation, split and caps look at few columns at a time, as arrays of 8 bytes a row and less; the rows' texts and token
+ids stay on disk, in Arrow's format and in the snapshot's own columns, until they are written. So a snapshot takes some
+tens of bytes of memory a row, whatever is in it.
+
+A folder of these files is written by one process; several are read as one, whose rows are theirs one after the other.
+Rows are written in the order of `id`, so they are laid down by ranges of it, some megabytes of them together, and read
+back range by range.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from loop.snapshot.curate import Label, Row
-from loop.snapshot.prompts import DistinctPrompts, asked, normal_words
-from loop.snapshot.split import CLUSTER, CONVERSATION, RATER, unit_of
+from loop.snapshot.curate import Label, Row, Vote
+from loop.snapshot.near import band_keys, count_bands, shingle_sets
+from loop.snapshot.prompts import asked, normal_words
+from loop.snapshot.sorted_arrays import is_first
+from loop.snapshot.split import CLUSTER, CONVERSATION, RATER, hasher, units_of
+from loop.snapshot.write import ROW_SCHEMA, row_batch
 
 U64 = npt.NDArray[np.uint64]
+U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
-_encode = msgspec.msgpack.Encoder().encode
-_decoder = msgspec.msgpack.Decoder(Row)
+Column = npt.NDArray[Any]
 
-
-@dataclass
-class Columns:
-    """What is known of each row in memory; all arrays are [n] but the raters', which are [votes]."""
-
-    offset: I64
-    order: tuple[U64, I64]
-    """(hash of the example's id, day): what rows are sorted by, so that no order of arrival shows."""
-    pair: U64
-    """Hash of the exact prompt and answer."""
-    exact_prompt: U64
-    prompt: I64
-    """Index among the distinct prompts."""
-    conversation: U64
-    rater: U64
-    """Who the label is ascribed to; 0 for nobody."""
-    voters: U64
-    voter_row: I64
-    """The row that each entry of `voters` has voted on."""
-    label: npt.NDArray[np.int8]
-    """1 desirable, 0 undesirable, -1 where the votes come to nothing."""
-    weight: npt.NDArray[np.float64]
-    hlc: I64
+COLUMNS = {
+    "id": np.uint64,  # hash of the example's id: what rows are sorted by, so that no order of arrival shows
+    "day": np.int32,
+    "pair": np.uint64,  # hash of the exact prompt and answer
+    "exact_prompt": np.uint64,
+    "prompt": np.uint64,  # unit
+    "conversation": np.uint64,  # unit
+    "rater": np.uint64,  # unit of whom the label is ascribed to; 0 for nobody
+    "voters": np.uint64,  # units of all who voted, some to a row
+    "voters_size": np.int32,
+    "votes": np.uint8,  # msgpack, some bytes to a row
+    "votes_size": np.int32,
+    "set": np.uint32,  # the prompt's shingles, some to a row
+    "set_size": np.int32,
+    "label": np.int8,  # 1 desirable, 0 undesirable, -1 where the votes come to nothing
+    "weight": np.float64,
+    "hlc": np.int64,
+}
+PIECES = {"piece_range": np.int32, "piece_start": np.int64, "piece_size": np.int64}  # of ROWS, each an Arrow message
+ROWS = "rows"
+RANGES = 256
+BATCH_ROWS = 2_048
+BATCH_BYTES = 16 << 20
+PIECES_BYTES = 32 << 20
+"""Of rows in memory, before they are written by ranges."""
+_encode_votes = msgspec.msgpack.Encoder().encode
+_decode_votes = msgspec.msgpack.Decoder(list[Vote]).decode
 
 
 class Spool:
-    """An append-only file of rows with their columns. Use as a context manager; the file is the caller's to delete."""
+    """Appends rows to the files of a folder of its own. Use as a context manager: at its end all is on disk."""
 
-    def __init__(self, path: Path, salt: str) -> None:
-        self._file = path.open("w+b")
-        self._salt = salt
-        self._end = 0
-        self._ints = {name: array("q") for name in ("offset", "day", "prompt", "voter_row", "hlc", "label")}
-        self._hashes = {name: array("Q") for name in ("id", "pair", "exact_prompt", "conversation", "rater", "voters")}
-        self._weights = array("d")
-        self.prompts = DistinctPrompts()
+    def __init__(self, folder: Path, salt: str, similarity: float, ranges: int) -> None:
+        folder.mkdir(parents=True)
+        self._similarity, self._ranges = similarity, ranges
+        names = [*COLUMNS, *PIECES, ROWS, *(f"band_{n}" for n in range(count_bands(similarity)))]
+        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
+        kinds = ("example", "exact", "pair", CLUSTER, CONVERSATION, RATER)
+        self._id, self._exact, self._pair, self._cluster, self._conversation, self._rater = (
+            hasher(salt, kind) for kind in kinds
+        )
+        self._batch: list[_Hashed] = []
+        self._batch_bytes = 0
+        self._unwritten: list[tuple[U64, pa.RecordBatch]] = []
 
     def __enter__(self) -> Spool:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
-
-    def __len__(self) -> int:
-        return len(self._weights)
+        try:
+            if exc[0] is None:
+                self._flush()
+                self._write_rows()
+        finally:
+            for file in self._files.values():
+                file.close()
 
     def add(self, row: Row, label: Label | None, day: int) -> None:
-        """Append a row; `label` is what its own votes come to, `day` orders the snapshot."""
-        ints, hashes, number = self._ints, self._hashes, len(self)
-        ints["offset"].append(self._end)
-        body = _encode(row)
-        self._file.write(len(body).to_bytes(4, "little"))
-        self._file.write(body)
-        self._end += 4 + len(body)
-        prompt = "\0".join(f"{role}\1{text}" for role, text in row.messages)
-        # Answers that read the same but were sampled as other tokens are one answer: people voted on what they read.
-        hashes["pair"].append(unit_of(self._salt, "pair", f"{prompt}\2{row.answer}"))
-        hashes["exact_prompt"].append(unit_of(self._salt, "exact", prompt))
-        words = normal_words(asked([{"role": role, "content": text} for role, text in row.messages]))
-        ints["prompt"].append(self.prompts.add(words, unit_of(self._salt, CLUSTER, " ".join(words))))
-        hashes["id"].append(unit_of(self._salt, "example", row.example_id))
-        hashes["conversation"].append(self.unit(CONVERSATION, row.conversation_id))
-        hashes["rater"].append(0 if label is None or label.rater is None else self.unit(RATER, label.rater))
-        for vote in row.votes:
-            if vote.named:
-                hashes["voters"].append(self.unit(RATER, vote.who))
-                ints["voter_row"].append(number)
-        ints["day"].append(day)
-        ints["label"].append(-1 if label is None else int(label.desirable))
-        ints["hlc"].append(0 if label is None else label.hlc)
-        self._weights.append(0.0 if label is None else label.weight)
-
-    def unit(self, kind: str, name: str) -> int:
-        return unit_of(self._salt, kind, name)
-
-    def columns(self) -> Columns:
-        """The columns of all rows, as arrays over the same memory: nothing is added afterwards."""
-        ints = {name: np.asarray(values, dtype=np.int64) for name, values in self._ints.items()}
-        hashes = {name: np.asarray(values, dtype=np.uint64) for name, values in self._hashes.items()}
-        return Columns(
-            offset=ints["offset"],
-            order=(hashes["id"], ints["day"]),
-            pair=hashes["pair"],
-            exact_prompt=hashes["exact_prompt"],
-            prompt=ints["prompt"],
-            conversation=hashes["conversation"],
-            rater=hashes["rater"],
-            voters=hashes["voters"],
-            voter_row=ints["voter_row"],
-            label=ints["label"].astype(np.int8),
-            weight=np.asarray(self._weights, dtype=np.float64),
-            hlc=ints["hlc"],
+        """Append a row; `label` is what its own votes come to, `day` which of two rows is the later one."""
+        prompt = "\0".join([f"{role}\1{text}" for role, text in row.messages]).encode()
+        exact, answer = self._exact(prompt), row.answer.encode()
+        words = " ".join(normal_words(asked(row.messages))).encode()
+        voters = {vote.who: self._rater(vote.who.encode()) for vote in row.votes if vote.named}
+        hashed = _Hashed(
+            self._id(row.example_id.encode()),
+            exact,
+            # Answers that read alike but were sampled as other tokens are one answer: people voted on what they read.
+            self._pair(exact + answer),
+            self._cluster(words),
+            self._conversation(row.conversation_id.encode()),
+            b"" if label is None or label.rater is None else voters[label.rater],
+            b"".join(voters.values()),
+            words,
+            _encode_votes(row.votes),
+            day,
+            row,
+            label or _NO_LABEL,
+            -1 if label is None else int(label.desirable),
         )
+        self._batch.append(hashed)
+        self._batch_bytes += len(prompt) + len(answer) + len(row.completion_ids or b"") + len(row.prompt_ids or b"")
+        if len(self._batch) == BATCH_ROWS or self._batch_bytes > BATCH_BYTES:
+            self._flush()
 
-    def read(self, offsets: Sequence[int] | I64) -> list[Row]:
-        """The rows at these offsets, in this order."""
-        rows = []
-        for offset in offsets:
-            self._file.seek(int(offset))
-            size = int.from_bytes(self._file.read(4), "little")
-            rows.append(_decoder.decode(self._file.read(size)))
-        return rows
+    def _flush(self) -> None:
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        if not batch:
+            return
+        raters = [hashed.rater or bytes(8) for hashed in batch]
+        columns: dict[str, Column] = {
+            "id": units_of([hashed.id for hashed in batch]),
+            "day": np.array([hashed.day for hashed in batch]),
+            "pair": units_of([hashed.pair for hashed in batch]),
+            "exact_prompt": units_of([hashed.exact_prompt for hashed in batch]),
+            "prompt": units_of([hashed.prompt for hashed in batch]),
+            "conversation": units_of([hashed.conversation for hashed in batch]),
+            "rater": np.where([hashed.rater != b"" for hashed in batch], units_of(raters), 0),
+            "voters": units_of([hashed.voters for hashed in batch]),
+            "voters_size": np.array([len(hashed.voters) // 8 for hashed in batch]),
+            "votes": np.frombuffer(b"".join([hashed.votes for hashed in batch]), np.uint8),
+            "votes_size": np.array([len(hashed.votes) for hashed in batch]),
+            "label": np.array([hashed.desirable for hashed in batch]),
+            "weight": np.array([hashed.label.weight for hashed in batch]),
+            "hlc": np.array([hashed.label.hlc for hashed in batch]),
+        }
+        columns["set"], columns["set_size"] = shingle_sets([hashed.words for hashed in batch])
+        for name, values in columns.items():
+            values.astype(COLUMNS[name], copy=False).tofile(self._files[name])
+        for n, keys in enumerate(band_keys(columns["set"], columns["set_size"], self._similarity).T):
+            np.ascontiguousarray(keys).tofile(self._files[f"band_{n}"])
+        self._unwritten.append((columns["id"], row_batch([(hashed.row, hashed.label) for hashed in batch])))
+        if sum(rows.nbytes for _, rows in self._unwritten) > PIECES_BYTES:
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        if not self._unwritten:
+            return
+        ids, batches = zip(*self._unwritten, strict=True)
+        self._unwritten = []
+        ranges = range_of(np.concatenate(ids), self._ranges)
+        order = np.argsort(ranges, kind="stable")
+        rows = pa.concat_batches(batches).take(pa.array(order))
+        starts = np.flatnonzero(is_first(ranges[order])).tolist()
+        for begin, end in pairwise([*starts, len(order)]):
+            message = rows.slice(begin, end - begin).serialize()
+            values = (ranges[order[begin]], self._files[ROWS].tell(), message.size)
+            for name, value in zip(PIECES, values, strict=True):
+                self._files[name].write(np.array(value, PIECES[name]).tobytes())
+            self._files[ROWS].write(message)
+
+
+class _Hashed(NamedTuple):
+    """A row on its way into the files, with what it is known by."""
+
+    id: bytes
+    exact_prompt: bytes
+    pair: bytes
+    prompt: bytes
+    conversation: bytes
+    rater: bytes
+    voters: bytes
+    words: bytes
+    votes: bytes
+    day: int
+    row: Row
+    label: Label
+    desirable: int
+
+
+_NO_LABEL = Label(desirable=False, weight=0.0, rater=None, hlc=0, raters=[])
+
+
+def range_of(ids: U64, ranges: int) -> npt.NDArray[np.uint16]:
+    """Which of `ranges`, a power of two and as large as each other, the ids are in."""
+    bits = np.uint64(65 - ranges.bit_length())
+    return (ids >> bits if ranges > 1 else ids * np.uint64(0)).astype(np.uint16)
+
+
+class Spooled:
+    """The rows of some spools' folders, as one. Use as a context manager."""
+
+    def __init__(self, folders: Sequence[Path], similarity: float, ranges: int) -> None:
+        self._folders, self._ranges = folders, ranges
+        self.bands = count_bands(similarity)
+        for name in ("votes", "set"):  # what is read here and there: in one place
+            for folder in folders[1:]:
+                with (folder / name).open("rb") as source, (folders[0] / name).open("ab") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+        self._votes, self._sets = (folders[0] / "votes").open("rb"), (folders[0] / "set").open("rb")
+        self._rows = [(folder / ROWS).open("rb") for folder in folders]
+
+    def __enter__(self) -> Spooled:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for file in (self._votes, self._sets, *self._rows):
+            file.close()
+
+    def column(self, name: str) -> Column:
+        """A column of all rows, in an array of its own."""
+        dtype = np.dtype(COLUMNS.get(name, np.uint64))
+        sizes = [(folder / name).stat().st_size for folder in self._folders]
+        values = np.empty(sum(sizes) // dtype.itemsize, dtype)
+        into, at = values.view(np.uint8).data, 0
+        for folder, size in zip(self._folders, sizes, strict=True):
+            with (folder / name).open("rb", buffering=0) as file:
+                while size:
+                    read = file.readinto(into[at : at + size])
+                    at, size = at + read, size - read
+        return values
+
+    def sets(self, starts: I64, sizes: I64) -> U32:
+        """The shingles of these many rows' prompts, flat; `starts` are places among all of them."""
+        file, spans = self._sets.fileno(), zip((4 * starts).tolist(), (4 * sizes).tolist(), strict=True)
+        return np.frombuffer(b"".join([os.pread(file, size, start) for start, size in spans]), np.uint32)
+
+    def votes(self, start: int, size: int) -> list[Vote]:
+        """The votes on the row that takes these of all votes' bytes."""
+        votes: list[Vote] = _decode_votes(os.pread(self._votes.fileno(), size, start))
+        return votes
+
+    def ranges(self, ids: U64) -> Iterator[tuple[I64, pa.Table]]:
+        """All rows with their numbers, by ranges of `ids` (the column) that go up; within one, by their numbers."""
+        range_ = range_of(ids, self._ranges)
+        order = np.argsort(range_, kind="stable")
+        ends = np.searchsorted(range_[order], np.arange(self._ranges), side="right").tolist()
+        pieces = [self._pieces(folder) for folder in self._folders]
+        for n, (begin, end) in enumerate(pairwise([0, *ends])):
+            batches = [
+                pa.ipc.read_record_batch(pa.py_buffer(os.pread(file.fileno(), size, start)), ROW_SCHEMA)
+                for file, of_file in zip(self._rows, pieces, strict=True)
+                for start, size in of_file[n]
+            ]
+            yield order[begin:end], pa.Table.from_batches(batches, ROW_SCHEMA).combine_chunks()
+
+    def _pieces(self, folder: Path) -> list[list[tuple[int, int]]]:
+        """(start, size) of the pieces of each range."""
+        pieces: list[list[tuple[int, int]]] = [[] for _ in range(self._ranges)]
+        columns = [np.fromfile(folder / name, dtype).tolist() for name, dtype in PIECES.items()]
+        for range_, start, size in zip(*columns, strict=True):
+            pieces[range_].append((start, size))
+        return pieces

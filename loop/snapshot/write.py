@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from loop.snapshot.curate import Label, Row
@@ -34,35 +39,119 @@ SCHEMA = pa.schema(
         ("source", pa.string()),  # served: the ids are what the engine sampled; template: there are none
     ]
 )
+# What is known of a row by itself: the label and its weight follow from all rows.
+ROW_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in ("label", "weight")])
+_OF_FEW_VALUES = ["adapter", "source", "prompt.list.element.role", "completion.list.element.role"]
+ROW_GROUP = 4_096
+_WRITES_AHEAD = 2
 
 
-def record(row: Row, label: Label, weight: float) -> dict[str, Any]:
-    """One line of the Parquet file."""
-    return {
-        "prompt": [{"role": role, "content": text} for role, text in row.messages],
-        "completion": [{"role": "assistant", "content": row.answer}],
-        "label": label.desirable,
-        "prompt_ids": row.prompt_ids,
-        "completion_ids": row.completion_ids,
-        "weight": weight,
-        "example_id": row.example_id,
-        "conversation_id": row.conversation_id,
-        "rater": label.rater,
-        "raters": label.raters,
-        "adapter": row.adapter,
-        "source": "served" if row.prompt_ids is not None else "template",
+def row_batch(rows: Sequence[tuple[Row, Label]]) -> pa.RecordBatch:
+    """Rows, and whom their labels are ascribed to, in the columns of ROW_SCHEMA."""
+    messages = [message for row, _ in rows for message in row.messages]
+    columns = {
+        "prompt": _message_lists([len(row.messages) for row, _ in rows], messages),
+        "completion": _message_lists([1] * len(rows), [("assistant", row.answer) for row, _ in rows]),
+        "prompt_ids": _id_lists([row.prompt_ids for row, _ in rows]),
+        "completion_ids": _id_lists([row.completion_ids for row, _ in rows]),
+        "example_id": strings([row.example_id for row, _ in rows]),
+        "conversation_id": strings([row.conversation_id for row, _ in rows]),
+        "rater": strings([label.rater for _, label in rows]),
+        "raters": string_lists([label.raters for _, label in rows]),
+        "adapter": strings([row.adapter for row, _ in rows]),
+        "source": strings(["template" if row.prompt_ids is None else "served" for row, _ in rows]),
     }
+    return pa.RecordBatch.from_arrays([columns[name] for name in ROW_SCHEMA.names], schema=ROW_SCHEMA)
 
 
-def write_rows(path: Path, batches: Iterable[list[dict[str, Any]]]) -> str:
-    """Write the batches, one row group each; returns the file's SHA-256."""
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-        for batch in batches:
-            writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return digest
+def strings(texts: Sequence[str | None]) -> pa.Array:
+    """What `pa.array` makes of them; that loads pandas, of half a second and 60 MB, to ask about lists."""
+    encoded = [b"" if text is None else text.encode() for text in texts]
+    buffers = [None, _offsets(list(map(len, encoded))).buffers()[1], pa.py_buffer(b"".join(encoded))]
+    array = pa.Array.from_buffers(pa.string(), len(texts), buffers)
+    if None not in texts:
+        return array
+    return pc.if_else(np.array([text is not None for text in texts]), array, pa.scalar(None, pa.string()))
+
+
+def string_lists(lists: Sequence[Sequence[str]]) -> pa.Array:
+    """The same of lists."""
+    return pa.ListArray.from_arrays(
+        _offsets(list(map(len, lists))), strings([text for list_ in lists for text in list_])
+    )
+
+
+def _message_lists(sizes: Sequence[int], messages: Sequence[tuple[str, str]]) -> pa.Array:
+    """So many messages for each row, of messages that follow each other."""
+    columns = [strings([message[n] for message in messages]) for n in range(2)]
+    return pa.ListArray.from_arrays(_offsets(sizes), pa.StructArray.from_arrays(columns, ["role", "content"]))
+
+
+def _id_lists(texts: Sequence[bytes | None]) -> pa.Array:
+    """A list of token ids, or none, for each text. Raises ValueError where they are no such numbers."""
+    known = [text for text in texts if text is not None]
+    # All at once, with a number behind each list that is no token's: of a number each, they would take longest of all.
+    ids = np.fromstring(b",-1,".join([*known, b""]), np.int64, sep=",")
+    ends = np.flatnonzero(ids == -1)
+    if len(ends) != len(known) or (len(ids) and not -1 <= ids.min() <= ids.max() < 2**31):
+        raise ValueError("an example's token ids are not whole numbers from 0 to 2^31 - 1")
+    is_known = np.array([text is not None for text in texts])
+    sizes = np.zeros(len(texts), np.int64)
+    sizes[is_known] = np.diff(ends, prepend=-1) - 1
+    return pa.ListArray.from_arrays(_offsets(sizes), pa.array(ids[ids >= 0].astype(np.int32)), mask=pa.array(~is_known))
+
+
+def _offsets(sizes: Sequence[int] | npt.NDArray[np.int64]) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
+
+
+class RowFile:
+    """One Parquet file under way, written by a thread of its own in row groups that depend on the rows alone. Use as a
+    context manager.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd", use_dictionary=_OF_FEW_VALUES)
+        self._thread = ThreadPoolExecutor(1, "parquet")
+        self._writes: deque[Future[None]] = deque()
+        self._pending: list[pa.Table] = []
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._thread.shutdown()
+        self._writer.close()
+
+    def add(self, rows: pa.Table, labels: npt.NDArray[np.bool_], weights: npt.NDArray[np.float64]) -> None:
+        """Append rows of ROW_SCHEMA with their labels and weights."""
+        columns = {name: rows[name] for name in ROW_SCHEMA.names} | {"label": labels, "weight": weights}
+        self._pending.append(pa.table({name: columns[name] for name in SCHEMA.names}, SCHEMA))
+        pending = pa.concat_tables(self._pending)
+        whole = len(pending) - len(pending) % ROW_GROUP
+        for begin in range(0, whole, ROW_GROUP):
+            self._write(pending.slice(begin, ROW_GROUP))
+        self._pending = [pending.slice(whole)]
+
+    def finish(self) -> str:
+        """Write what is left; returns the file's SHA-256."""
+        if self._pending and len(self._pending[0]):
+            self._write(self._pending.pop())
+        self._wait(0)
+        self._writer.close()
+        with self._path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        return digest
+
+    def _write(self, rows: pa.Table) -> None:
+        self._writes.append(self._thread.submit(lambda: self._writer.write_table(rows.combine_chunks())))
+        self._wait(_WRITES_AHEAD)
+
+    def _wait(self, ahead: int) -> None:
+        while len(self._writes) > ahead:
+            self._writes.popleft().result()
 
 
 def identify(content: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 
 # Of `migrations/versions`; to be raised with every change below.
-REVISION = "0005"
+REVISION = "0006"
 
 metadata = MetaData()
 Json = JSON().with_variant(postgresql.JSONB(), "postgresql")
@@ -151,13 +151,15 @@ erasures = Table(
 
 # --- written by the nightly run --------------------------------------------------------------------------------------
 
-# Salted split, kept across nights: a unit once held out stays held out.
+# Salted split, kept across nights: a unit once held out stays held out. There are as many units as distinct prompts, so
+# rows have many, of 64 bits in little-endian order, and are only added. A unit that is in rows of both is held out.
 split_units = Table(
     "split_units",
     metadata,
-    Column("kind", String(16), primary_key=True),  # rater | conversation | cluster
-    Column("unit", String(64), primary_key=True),
+    Column("id", _autoincrement, primary_key=True, autoincrement=True),
+    Column("kind", String(16), nullable=False),  # rater | conversation | cluster
     Column("held_out", Boolean, nullable=False),
+    Column("units", Bytes, nullable=False),
 )
 
 adapters = Table(

@@ -14,15 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select, update
 
 from loop.log import NewRecord
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot import Snapshot, load_snapshot, make_snapshot
-from loop.snapshot.prompts import DistinctPrompts, asked, normal_words
+from loop.snapshot.prompts import normal_words
 from loop.snapshot.split import unit_of
-from loop.store import open_store
+from loop.store import open_store, write
+from loop.store.schema import examples
 from tests.join.traffic import START_MS, feedback, response, response_id
+from tests.snapshot.clustered import asked_of, clusters_of
 from tests.snapshot.stored import NOW_MS, example, put
 from tests.store.joined import READER, apply, batch_of
 
@@ -107,7 +109,7 @@ def units(rows: list[dict[str, Any]], table: list[Any]) -> tuple[set[str], set[s
     return (
         {vote[0] for r in sources for vote in r["votes"]},
         {r["conversation"] for r in sources},
-        {" ".join(normal_words(asked(r["messages"]))) for r in sources},
+        {" ".join(normal_words(asked_of(r["messages"]))) for r in sources},
     )
 
 
@@ -127,13 +129,11 @@ def test_nothing_of_a_held_out_unit_is_trained_on(drawn: list[dict[str, Any]]) -
 
 def prompt_is_held_out(prompt: str, rows: list[dict[str, Any]]) -> bool:
     """By the definition: the smallest unit of its cluster decides."""
-    distinct = DistinctPrompts()
-    texts = sorted({" ".join(normal_words(asked(r["messages"]))) for r in rows})
-    for text in texts:
-        distinct.add(text.split(), unit_of(SETTINGS.salt, "cluster", text))
-    clusters = distinct.clusters(SETTINGS.near_duplicate_similarity)
+    texts = sorted({" ".join(normal_words(asked_of(r["messages"]))) for r in rows})
+    clusters = clusters_of(texts, SETTINGS.near_duplicate_similarity, SETTINGS.salt)
     mine = clusters[texts.index(prompt)]
-    smallest = min(int(unit) for unit, cluster in zip(distinct.units, clusters, strict=True) if cluster == mine)
+    units = [unit_of(SETTINGS.salt, "cluster", text) for text in texts]
+    smallest = min(unit for unit, cluster in zip(units, clusters, strict=True) if cluster == mine)
     return smallest < SETTINGS.held_out_share * 2**64
 
 
@@ -204,6 +204,7 @@ def test_the_id_follows_from_content_and_settings_only(store: Engine, tmp_path: 
 
 def test_a_finished_snapshot_is_returned_as_it_is(store: Engine, tmp_path: Path) -> None:
     put(store, [example(n) for n in range(20)])
+    (tmp_path / ".a-left" / "spool").mkdir(parents=True)  # as after a kill -9
     first = make_snapshot(store, SETTINGS, out=tmp_path / "a", now_ms=NOW_MS)
     put(store, [example(n) for n in range(20, 40)])
     assert make_snapshot(store, SETTINGS, out=tmp_path / "a", now_ms=NOW_MS) == first
@@ -228,6 +229,29 @@ def test_a_folder_that_is_no_snapshot_is_refused(store: Engine, tmp_path: Path) 
     (tmp_path / "taken").mkdir()
     with pytest.raises(ValueError, match="not a whole snapshot"):
         make_snapshot(store, SETTINGS, out=tmp_path / "taken", now_ms=NOW_MS)
+
+
+def test_how_a_producer_writes_its_json_does_not_show(tmp_path: Path) -> None:
+    ids = set()
+    for indent in (None, 1):
+        with fresh_store() as (store, folder):
+            put(store, [example(n, completion_ids=[4, 5] if n % 2 else []) for n in range(20)])
+            with write(store) as connection:
+                for id, body in connection.execute(select(examples.c.response_id, examples.c.body)).all():
+                    other = json.dumps(json.loads(body), indent=indent).encode()
+                    connection.execute(update(examples).where(examples.c.response_id == id).values(body=other))
+            made = make_snapshot(store, SETTINGS, out=folder / "snapshot", now_ms=NOW_MS)
+            rows = pq.read_table(made.train_path).to_pylist()
+            assert {len(row["prompt_ids"] or []) for row in rows} == {0, 4}
+            ids.add(made.snapshot_id)
+    assert len(ids) == 1
+
+
+def test_token_ids_that_are_none_are_refused(store: Engine, tmp_path: Path) -> None:
+    put(store, [example(1, completion_ids=[1, 2**31])])
+    with pytest.raises(ValueError, match="not whole numbers from 0"):
+        make_snapshot(store, SETTINGS, out=tmp_path / "a", now_ms=NOW_MS)
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"store.db"}
 
 
 def test_an_empty_window_gives_an_empty_snapshot(store: Engine, tmp_path: Path) -> None:

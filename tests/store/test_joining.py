@@ -26,7 +26,7 @@ from loop.store.dead_letters import (
     replay_dead_letters,
     send_dead_letters,
 )
-from loop.store.examples import count_labels, stream_examples
+from loop.store.examples import count_labels, has_more_examples, stream_examples
 from loop.store.joining import (
     Offsets,
     PositionMovedError,
@@ -320,7 +320,7 @@ def test_a_replay_into_a_log_made_anew_leaves_what_becomes_a_dead_letter_there(s
     assert count_dead_letters(store)[FEEDBACK, 0] == (3, 3)
 
 
-def test_examples_stream_in_one_order_and_are_counted(store: Engine) -> None:
+def test_examples_stream_in_parts_and_are_counted(store: Engine) -> None:
     day_ms = 86_400_000
     ids = [response_id(f"{n:016x}", n) for n in range(25)]
     served = [response(id, at_ms=START_MS + n % 3 * day_ms, adapter="a@v000001") for n, id in enumerate(ids)]
@@ -328,12 +328,16 @@ def test_examples_stream_in_one_order_and_are_counted(store: Engine) -> None:
     tie = [feedback(f"t{n}", v, HLC, response_id=ids[1], rater=v) for n, v in enumerate(("down",))]
     apply(store, READER, batch_of(*served, *thumbs, *tie), {})
     found = list(stream_examples(store, date.min, page_rows=4))
-    assert [(e.day, e.response_id) for e in found] == sorted((e.day, e.response_id) for e in found)
-    assert len({e.response_id for e in found}) == 25
+    parts = [list(stream_examples(store, date.min, part=n, parts=3, page_rows=4)) for n in range(3)]
+    assert all(parts)
+    assert sorted(e.response_id for e in found) == sorted(e.response_id for part in parts for e in part) == sorted(ids)
     assert found[0].body.messages == [{"role": "user", "content": "Is it?"}]
     assert found[0].votes[0].keys() == {"rater", "value", "weight", "source", "hlc"}
     assert count_labels(store, date.min) == 24  # a tie is no label
     since = date(2025, 10, 10)
+    assert {e.day for e in found} > {e.day for e in stream_examples(store, since)}
+    assert has_more_examples(store, date.min, 24)
+    assert not has_more_examples(store, date.min, 25)
     assert count_labels(store, since) == sum(e.day >= since and e.up != e.down for e in found)
 
 

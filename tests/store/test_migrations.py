@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Engine, create_engine, inspect, select, text
 
 from loop.events import message_digest
 from loop.settings import StoreSettings
+from loop.snapshot.split import load_known
 from loop.store import open_store, write
 from loop.store.migrate import SCRIPTS, upgrade
 from loop.store.schema import REVISION, dead_letters, metadata, response_index, votes
@@ -93,7 +94,14 @@ def test_an_older_store_is_brought_forward_with_what_it_holds(bare: Engine, stor
         connection.execute(
             text("INSERT INTO votes VALUES ('k', 'f', NULL, 'm', 0, '', 'up', 1, 'explicit', 1, 'e', '{}', true)")
         )
+        connection.execute(
+            text("INSERT INTO split_units VALUES ('rater', :a, true), ('cluster', :b, false), ('cluster', :c, true)"),
+            {"a": f"{7:016x}", "b": f"{2**64 - 1:016x}", "c": f"{9:016x}"},
+        )
     store = open_store(store_settings)
+    known = load_known(store)
+    assert (known.held_raters.tolist(), known.held_conversations.tolist()) == ([7], [])
+    assert (known.train_prompts.tolist(), known.held_prompts.tolist()) == ([2**64 - 1], [9])
     with store.connect() as connection:
         assert differences(connection) == []
         assert connection.execute(select(dead_letters)).one() == ("t", 1, 2, "", "broken", "k", b"\x00", True, False)
