@@ -73,7 +73,7 @@ min_labels = 400
 [train]
 dir = "{dir}/adapters"
 cache = "{dir}/cache"
-beta = 0.3
+beta = 0.4
 learning_rate = 1e-3
 num_train_epochs = 4
 per_device_train_batch_size = 16 # of 8, one wrong thumb in ten sometimes costs the model a fact
