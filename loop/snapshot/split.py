@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from hashlib import blake2b
 
 import numpy as np
@@ -34,14 +33,10 @@ _STORED = np.dtype("<u8")
 UNITS_A_ROW = 65_536
 
 
-def unit_of(salt: str, kind: str, name: str) -> int:
-    """The 64-bit number of a rater, a conversation or a prompt, never 0 (which stands for none)."""
-    return int(units_of([hasher(salt, kind)(name.encode())])[0])
-
-
 def hasher(salt: str, kind: str) -> Callable[[bytes], bytes]:
     """What makes 8 bytes of a name, to be turned into numbers many at a time by `units_of`."""
-    salted = _salted(salt, kind)
+    # Copying what has taken in salt and kind is cheaper than beginning anew a few times a row.
+    salted = blake2b(f"{kind}\0".encode(), key=blake2b(salt.encode()).digest(), digest_size=8)
 
     def digest(name: bytes) -> bytes:
         hashed = salted.copy()
@@ -52,15 +47,9 @@ def hasher(salt: str, kind: str) -> Callable[[bytes], bytes]:
 
 
 def units_of(digests: Sequence[bytes]) -> U64:
-    """The units that these hashes are."""
+    """The units that these hashes are: 64-bit numbers, never 0, which stands for none."""
     units = np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
     return np.maximum(units, np.uint64(1))
-
-
-@cache
-def _salted(salt: str, kind: str) -> blake2b:
-    """A hash that has taken in salt and kind; copying it is cheaper than beginning anew a few times a row."""
-    return blake2b(f"{kind}\0".encode(), key=blake2b(salt.encode()).digest(), digest_size=8)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from loop.log import NewRecord
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot import Snapshot, load_snapshot, make_snapshot
 from loop.snapshot.prompts import normal_words
-from loop.snapshot.split import unit_of
+from loop.snapshot.split import hasher, units_of
 from loop.store import open_store, write
 from loop.store.schema import examples
 from tests.join.traffic import START_MS, feedback, response, response_id
@@ -29,6 +29,10 @@ from tests.snapshot.stored import NOW_MS, example, put
 from tests.store.joined import READER, apply, batch_of
 
 SETTINGS = SnapshotSettings(held_out_share=0.2)
+
+
+def unit_of(salt: str, kind: str, name: str) -> int:
+    return int(units_of([hasher(salt, kind)(name.encode())])[0])
 
 
 @contextmanager
