@@ -46,7 +46,7 @@ class EventError(ValueError):
     """An event's bytes break the contract; the message says how. Such an event goes to dead letters."""
 
 
-class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
+class Choice(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One completion of a response; with n > 1 each is an example of its own."""
 
     message: dict[str, Any]
@@ -59,7 +59,7 @@ class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
     """Log-prob of each completion token as the engine gave it, where the app asked for them."""
 
 
-class ResponseLogged(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class ResponseLogged(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """One response that an app received, with everything that training needs to see what was served."""
 
     response_id: ResponseId
@@ -103,7 +103,7 @@ class ResponseLogged(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     """Columns of an imported row that the contract does not name."""
 
 
-class FeedbackGiven(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class FeedbackGiven(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """One signal of one rater on one response; a rater's last one wins."""
 
     feedback_id: Id
@@ -126,7 +126,7 @@ class FeedbackGiven(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tru
     """The text that the rater would have wanted: an example of its own, desirable as long as this vote stands."""
 
 
-class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True):
+class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What readers need of the CloudEvents envelope around a ResponseLogged. `partitionkey` is the design's key."""
 
     id: Id
@@ -136,7 +136,7 @@ class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True):
     data: ResponseLogged
 
 
-class FeedbackEvent(msgspec.Struct, frozen=True, kw_only=True):
+class FeedbackEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The same around a FeedbackGiven."""
 
     id: Id

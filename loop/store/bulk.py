@@ -25,7 +25,7 @@ _LENGTH = struct.Struct("!i")
 _INT = struct.Struct("!iq")
 _NULL = _LENGTH.pack(-1)
 _POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]
-ROWS_PER_STATEMENT = 500
+ROWS_PER_STATEMENT = (500, 50, 5, 1)
 
 
 class Bulk(Protocol):
@@ -100,13 +100,12 @@ class SqliteBulk:
     def _insert(self, table: Table, rows: Sequence[Row]) -> int:
         # A statement of many rows is worked off outside of Python's lock, while the next batch is read; by executemany,
         # SQLite would ask for the lock at each row, and wait for it.
-        inserted = 0
-        whole = len(rows) - len(rows) % ROWS_PER_STATEMENT
-        for start in range(0, whole, ROWS_PER_STATEMENT):
-            values = tuple(chain.from_iterable(rows[start : start + ROWS_PER_STATEMENT]))
-            inserted += self._cursor.execute(insert_sql(table, ROWS_PER_STATEMENT), values).rowcount
-        if whole < len(rows):
-            inserted += self._cursor.executemany(insert_sql(table), rows[whole:]).rowcount
+        inserted = start = 0
+        for size in ROWS_PER_STATEMENT:
+            while len(rows) - start >= size:
+                values = tuple(chain.from_iterable(rows[start : start + size]))
+                inserted += self._cursor.execute(insert_sql(table, size), values).rowcount
+                start += size
         return inserted
 
     def execute(self, sql: str, *values: Any) -> int:

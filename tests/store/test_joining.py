@@ -134,7 +134,7 @@ def test_a_retracted_vote_takes_its_example_away_and_duplicates_change_nothing(s
 
 def test_a_large_batch_tells_what_of_it_is_new(store: Engine) -> None:
     """Larger than one statement's rows, and no multiple of them."""
-    many = [response(response_id(f"{n:016x}", n)) for n in range(2 * ROWS_PER_STATEMENT + 7)]
+    many = [response(response_id(f"{n:016x}", n)) for n in range(2 * ROWS_PER_STATEMENT[0] + 7)]
     half, all_but_one = len(many) // 2, len(many) - 1
     assert apply(store, READER, batch_of(*many[:half]), {}).responses == half
     assert apply(store, READER, batch_of(*many[:all_but_one]), {}).responses == all_but_one - half
