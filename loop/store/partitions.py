@@ -11,7 +11,7 @@ from datetime import UTC, date, datetime, timedelta
 from sqlalchemy import Engine, func, select, text
 
 from loop.store.engine import lock_schema, write
-from loop.store.schema import responses
+from loop.store.schema import ONLY_ADDED, responses
 
 DAYS_AHEAD = 2
 LOCK_TIMEOUT_S = 2.0
@@ -35,11 +35,12 @@ def ensure_days(engine: Engine, days: Iterable[str] = ()) -> None:
         return
     today = datetime.now(UTC).date()
     wanted |= {_name(day): day for day in (today + timedelta(n) for n in range(DAYS_AHEAD + 1))}
+    settings = ", ".join(f"{name} = {value}" for name, value in ONLY_ADDED.items())
     with write(engine) as connection:
         lock_schema(connection)
         for name in sorted(wanted.keys() - set(connection.execute(_PARTITIONS).scalars())):
             first, next_ = wanted[name], wanted[name] + timedelta(1)
-            connection.execute(text(f"CREATE TABLE {name} (LIKE responses INCLUDING ALL)"))
+            connection.execute(text(f"CREATE TABLE {name} (LIKE responses INCLUDING ALL) WITH ({settings})"))
             connection.execute(
                 text(f"ALTER TABLE responses ATTACH PARTITION {name} FOR VALUES FROM ('{first}') TO ('{next_}')")
             )

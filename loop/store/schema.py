@@ -20,13 +20,16 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 
 # Of `migrations/versions`; to be raised with every change below.
-REVISION = "0006"
+REVISION = "0007"
 
 metadata = MetaData()
 Json = JSON().with_variant(postgresql.JSONB(), "postgresql")
 Bytes = LargeBinary()
 # Sorted by bytes on both, so that what streams in the order of ids has one order everywhere.
 ResponseId = String(80).with_variant(postgresql.VARCHAR(80, collation="C"), "postgresql")
+# Of tables to which rows are added until retention takes them away. Autovacuum would read and write all that was added
+# once more, so as to save work for later readers, of whom there are none.
+ONLY_ADDED = {"autovacuum_vacuum_insert_threshold": -1, "toast.autovacuum_vacuum_insert_threshold": -1}
 _autoincrement = BigInteger().with_variant(Integer(), "sqlite")
 
 # --- written by the joiner -------------------------------------------------------------------------------------------
@@ -60,6 +63,7 @@ response_index = Table(
         postgresql_where=text("message_id IS NOT NULL"),
     ),
     sqlite_with_rowid=False,
+    postgresql_with=ONLY_ADDED,
 )
 
 IS_PENDING = text("pending")  # as its index says it: to SQLite, SQLAlchemy's `pending = 1` is another condition

@@ -16,7 +16,9 @@ from loop.settings import StoreSettings
 from loop.snapshot.split import load_known
 from loop.store import open_store, write
 from loop.store.migrate import SCRIPTS, upgrade
+from loop.store.partitions import ensure_days
 from loop.store.schema import REVISION, dead_letters, metadata, response_index, votes
+from tests.services_real import RealPostgres, postgres  # noqa: F401
 
 
 @pytest.fixture
@@ -61,6 +63,7 @@ def details(connection: Connection, table: str) -> Any:
         "SELECT column_name, data_type, collation_name, is_nullable FROM information_schema.columns"
         " WHERE table_name = :table ORDER BY ordinal_position",
         "SELECT pg_get_partkeydef(cast(:table AS regclass))",
+        "SELECT reloptions FROM pg_class WHERE relname = :table",
     )
     return [[tuple(row) for row in connection.execute(text(query), {"table": table})] for query in queries]
 
@@ -111,4 +114,31 @@ def test_an_older_store_is_brought_forward_with_what_it_holds(bare: Engine, stor
             None,
         ]
         assert connection.execute(select(votes.c.message_id, votes.c.correction)).one() == (digest, None)
+    store.dispose()
+
+
+def test_autovacuum_leaves_alone_what_is_only_added(postgres: RealPostgres) -> None:
+    settings = postgres.new_store()
+    bare = create_engine(settings.url.get_secret_value())
+    with bare.begin() as connection:
+        upgrade(connection, "0006")
+        connection.execute(
+            text(
+                "CREATE TABLE responses_20250109 PARTITION OF responses"
+                " FOR VALUES FROM ('2025-01-09') TO ('2025-01-10')"
+            )
+        )
+    bare.dispose()
+    store = open_store(settings)
+    ensure_days(store, ["2025-01-10"])
+    thresholds = text(
+        "SELECT t.relname, t.reloptions, toast.reloptions FROM pg_class t LEFT JOIN pg_class toast"
+        " ON toast.oid = t.reltoastrelid WHERE t.relkind = 'r' AND t.relname LIKE 'respon%' ORDER BY 1"
+    )
+    with store.connect() as connection:
+        found = {name: [own, toast] for name, own, toast in connection.execute(thresholds)}
+    assert {"response_index", "responses_20250109", "responses_20250110"} <= found.keys()
+    off = ["autovacuum_vacuum_insert_threshold=-1"]
+    assert all(options == [off, off] for name, options in found.items() if name != "response_index")
+    assert found["response_index"][0] == off
     store.dispose()
