@@ -18,7 +18,7 @@ from loop.store import open_store, write
 from loop.store.migrate import SCRIPTS, upgrade
 from loop.store.partitions import ensure_days
 from loop.store.schema import REVISION, dead_letters, metadata, response_index, votes
-from tests.services_real import RealPostgres, postgres  # noqa: F401
+from tests.services_real import RealPostgres
 
 
 @pytest.fixture
