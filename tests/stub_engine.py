@@ -135,8 +135,9 @@ async def _stream(
     pace_s = body.get("stub", {}).get("pace_s", 0)
     chunks = _chunks(json.dumps({key: body[key] for key in body if key not in ("messages", "prompt")}), is_chat)
     for at, chunk in enumerate(chunks):
-        await response.write(chunk.replace(b"$ID$", request_id.encode()))
-        if pace_s:
+        if chunk:
+            await response.write(chunk.replace(b"$ID$", request_id.encode()))
+        if pace_s:  # for each token, whether something can be said of it or not
             await asyncio.sleep(pace_s)
         if at == 3 and fault == "reset":
             return _cut(request, response)
@@ -178,14 +179,17 @@ def _chunks(body_text: str, is_chat: bool) -> tuple[bytes, ...]:
     return tuple(_dump(chunk, body, is_chat) for chunk in _chunk_bodies(body, is_chat))
 
 
-def _dump(chunk: dict[str, Any], body: dict[str, Any], is_chat: bool) -> bytes:
+def _dump(chunk: dict[str, Any] | None, body: dict[str, Any], is_chat: bool) -> bytes:
+    if chunk is None:
+        return b""
     prefix, kind = ("chatcmpl", "chat.completion.chunk") if is_chat else ("cmpl", "text_completion")
     head = {"id": f"{prefix}-$ID$", "object": kind, "created": CREATED, "model": body["model"]}
     text = json.dumps(head | chunk, separators=(",", ":"), ensure_ascii=False)
     return f"data: {text}\n\n".encode()
 
 
-def _chunk_bodies(body: dict[str, Any], is_chat: bool) -> Iterator[dict[str, Any]]:
+def _chunk_bodies(body: dict[str, Any], is_chat: bool) -> Iterator[dict[str, Any] | None]:
+    """The stream's chunks; None for a token that makes none."""
     with_ids = bool(body.get("return_token_ids"))
     n = body.get("n", 1)
     prompt_ids = PROMPT_IDS if with_ids else None
@@ -199,7 +203,8 @@ def _chunk_bodies(body: dict[str, Any], is_chat: bool) -> Iterator[dict[str, Any
         is_last = at == len(deltas) - 1
         for index in range(n):
             if not delta and not with_ids and not is_last:
-                continue  # vLLM leaves a chunk without text out, but where token ids were asked for
+                yield None  # vLLM leaves a chunk without text out, but where token ids were asked for
+                continue
             logprobs = _logprob(word, is_chat) if body.get("logprobs") and delta else None
             choice: dict[str, Any] = {"index": index, **({"delta": delta} if is_chat else delta), "logprobs": logprobs}
             choice["finish_reason"] = ("tool_calls" if body.get("tools") else "stop") if is_last else None

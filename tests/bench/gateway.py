@@ -104,7 +104,7 @@ def main() -> None:
         for kind in ("json", "stream"):
             for clients in options.clients:
                 compare(urls, kind, clients, options.seconds)
-        quick = {name: urls[name] for name in ("direct", "bare aiohttp", "gateway")}
+        quick = {name: url for name, url in urls.items() if name != "LiteLLM"}
         compare_first_chunk(quick, options.seconds)
         for streams in options.paced:
             compare_paced(quick, streams, options.seconds, gateway)
