@@ -7,7 +7,8 @@ One round, and why in this order:
 2. Decode, pure. What breaks the contract becomes a dead letter and the rest goes on.
 3. Apply in one transaction of the store, positions included, by compare and set. After this, and only after this, the
    events are joined; a crash before it leaves nothing, a crash after it is not repeated, and a zombie's is refused. A
-   thread does it, one batch at a time, while the next one is polled and decoded: the store's time costs none of ours.
+   thread does it, one batch at a time, while the next one is polled and decoded: Postgres' time costs none of ours.
+   SQLite's is Python's own, and two threads that wait for its lock take longer than one after the other.
 4. Send dead letters from the store's outbox to `<topic>.dlt`, then mark them: sent twice at worst, lost never. That is
    before the next batch is in hand, for on SQLite they would wait for each other.
 5. Commit the offsets to the log last: only lag tools read them, so they must never run ahead of the store.
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, product
 from operator import attrgetter
 from typing import TypeVar
@@ -160,7 +162,8 @@ class Joiner:
                 metrics.joiner_batches.labels(result).inc()
                 self._next.clear()  # what was polled is not joined: every partition is sought anew
         finally:
-            for leave in (self._finish, lambda: self._commit(consumer), consumer.close, self._thread.shutdown):
+            offsets = partial(self._commit, consumer)
+            for leave in (self._finish, self._send_letters, offsets, consumer.close, self._thread.shutdown):
                 try:
                     leave()
                 except (PositionMovedError, StoreUnavailableError, LogUnavailableError) as exc:
@@ -176,15 +179,14 @@ class Joiner:
         prepared = prepare(self._store, batch)
         read_s = time.monotonic() - began
         self._finish()
-        if self._has_letters:
-            with reaching(self._store):
-                send_dead_letters(self._store, self._events, owned)
-            self._has_letters = False
+        self._send_letters()
         if records:
             ends = {partition: end for partition, (_, end) in spans.items()}
             joining = self._thread.submit(_timed, lambda: apply(self._store, self._reader, prepared, spans))
             self._in_hand = InHand(records, batch, ends, read_s, joining)
             self._next |= ends
+            if self._store.dialect.name == "sqlite":
+                self._finish()
         if time.monotonic() > self._commit_at:
             self._commit_at = time.monotonic() + COMMIT_EVERY_S
             self._commit(consumer)
@@ -206,6 +208,12 @@ class Joiner:
         metrics.joiner_batch_seconds.observe(batch.read_s + seconds)
         metrics.joiner_transaction_seconds.observe(seconds)
         self._count(batch.records, batch.batch, applied)
+
+    def _send_letters(self) -> None:
+        if self._has_letters:
+            with reaching(self._store):
+                send_dead_letters(self._store, self._events, self._owned)
+            self._has_letters = False
 
     def _own(self, owned: set[int]) -> None:
         """Count a rebalance; what went to somebody else is no longer ours to show."""

@@ -1,6 +1,6 @@
 """Joiner speed: `python -m tests.bench.join [--on embedded kafka]`. One JSON line for each run, then medians.
 
-`embedded`: the embedded log and SQLite. `kafka`: a real Apache Kafka and a real Postgres on the same machine, one
+`embedded`: the embedded log and SQLite. `kafka`: a real Apache Kafka and a real Postgres on the same machine. One
 joiner and two, each a process. Beside each run a bare loop that only reads and decodes the same log: the limit.
 """
 
@@ -51,7 +51,7 @@ LONG_SHARE = 0.02
 WARM_UP = 0.2
 """Share of the events after which a joiner's clock begins: members have joined and partitions are theirs by then."""
 DEFAULTS = {"embedded": (150_000, 3), "kafka": (500_000, 5)}
-JOINERS = {"embedded": (1,), "kafka": (1, 2)}
+JOINERS = (1, 2)
 NewSettings = Callable[[int], Settings]
 
 
@@ -75,12 +75,11 @@ def compare(on: str, new_settings: NewSettings, events: int, runs: int, size: fl
     for n in range(runs):
         bare = read_bare(new_settings(n), events)
         line = {"bare_per_s": bare}
-        for joiners in JOINERS[on]:
+        for joiners in JOINERS:
             joined = join_all(new_settings(n * 10 + joiners), events, joiners)
             line |= {f"{name}_{joiners}": value for name, value in joined.items()}
             line[f"of_bare_{joiners}"] = joined["events_per_s"] / bare
-        if 2 in JOINERS[on]:
-            line["two_of_one"] = line["events_per_s_2"] / line["events_per_s_1"]
+        line["two_of_one"] = line["events_per_s_2"] / line["events_per_s_1"]
         lines.append(line)
         _print("join_run", {"on": on, **line})
     medians = {name: statistics.median(line[name] for line in lines) for name in lines[0]}
