@@ -12,7 +12,7 @@ from base64 import b64decode, urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from loop.keys import SCOPES, ApiKey, digest_of
+from loop.keys import ID_CHARS, SCOPES, ApiKey, digest_of
 
 _EXPECTED = "send X-Thumbwheel-Feedback-Token as it came with the response"
 
@@ -32,7 +32,8 @@ class Caller(NamedTuple):
 
 
 _EVERYTHING = frozenset[str](SCOPES)
-_ANYBODY = Caller("", _EVERYTHING)
+ANYBODY = Caller("", _EVERYTHING)
+"""Who calls where there never was a key."""
 
 
 class KeyRing:
@@ -40,7 +41,8 @@ class KeyRing:
 
     def __init__(self, configured: Iterable[str], *, is_local: bool) -> None:
         """`is_local`: nobody but this machine can call, so that no key is asked for as long as there never was one."""
-        self._configured = {digest_of(key): Caller("settings", _EVERYTHING) for key in configured}
+        digests = map(digest_of, configured)
+        self._configured = {digest: Caller(digest[:ID_CHARS], _EVERYTHING) for digest in digests}
         self._callers = self._configured
         self.is_local = is_local
         self._stored: Sequence[ApiKey] | None = None
@@ -64,7 +66,7 @@ class KeyRing:
     def find(self, authorization: str | None) -> Caller | None:
         """Who sends `Authorization: Bearer <key>`, or `Basic` with it as the password."""
         if self.is_local and self.is_known and not self.has_any:
-            return _ANYBODY
+            return ANYBODY
         key = presented_key(authorization or "")
         return self._callers.get(digest_of(key)) if key else None
 

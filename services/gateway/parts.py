@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from aiohttp import web
-from aiohttp.hdrs import AUTHORIZATION
+from aiohttp.hdrs import AUTHORIZATION, ORIGIN
 
 from loop import metrics
 from loop.events import HybridClock, RandomBytes
@@ -17,7 +17,7 @@ from loop.keys import Scope
 from loop.settings import GatewaySettings, Settings
 from services.gateway.engines import RETRY_AFTER_S, Engines
 from services.gateway.errors import Refusal
-from services.gateway.identity import Caller, TokenSigner
+from services.gateway.identity import ANYBODY, Caller, TokenSigner
 from services.gateway.limits import RateLimit
 from services.gateway.recent import Recent
 from services.gateway.redactor import Redactor
@@ -82,13 +82,20 @@ class Parts:
         return found
 
     async def check_key(self, request: web.Request, scope: Scope) -> Caller:
-        """Who calls. Raises Refusal 401 without a valid API key, 403 where the key has not this scope, 429 where it is
-        used too fast, 431 for too many or too large headers, 503 while the keys cannot be known.
+        """Who calls. Raises Refusal 401 without a valid API key, 403 where the key has not this scope or another site's
+        page calls without one, 429 where the key is used too fast, 431 for too many or too large headers, 503 while the
+        keys cannot be known.
         """
         self.check_headers(request)
         caller = await self.caller(request)
         if caller is None:
             raise _refused(401, "no valid API key; send `Authorization: Bearer <key>`", "invalid_api_key")
+        if caller is ANYBODY and self._is_foreign(request):
+            message = (
+                f"origin {request.headers[ORIGIN][:120]!r} may not call without an API key; gateway.cors_origins names "
+                "those that may"
+            )
+            raise _refused(403, message, "foreign_origin")
         self.check_scope(caller, scope)
         self._limit_key(caller)
         return caller
@@ -97,9 +104,18 @@ class Parts:
         """Who votes, by the API key, which a token may stand in for. Raises Refusal 429, 431 or 503."""
         self.check_headers(request)
         caller = await self.caller(request)
+        if caller is ANYBODY and self._is_foreign(request):
+            return None
         if caller is not None:
             self._limit_key(caller)
         return caller
+
+    def _is_foreign(self, request: web.Request) -> bool:
+        """Whether another site's page sends this. A browser lets every page post to this machine, and only keeps the
+        answer from it; so where no key is asked for, the page that a user is on could teach his model.
+        """
+        origin = request.headers.get(ORIGIN)
+        return origin is not None and not {origin, "*"} & set(self.gateway.cors_origins)
 
     def check_scope(self, caller: Caller, scope: Scope) -> None:
         """Raises Refusal 403."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from typer.testing import CliRunner
 from loop.keys import SCOPES, Scope
 from loop.store.keys import add_key, read_keys, revoke_key
 from services.cli import app
-from services.gateway.identity import is_loopback
+from services.gateway.identity import Claim, is_loopback
 from tests.conftest import ROOT
 from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway
+from tests.gateway.test_feedback import RESPONSE_ID
 from tests.gateway.test_process import SERVE, environment_of
+from tests.stub_engine import StubEngine
 
+Stub = tuple[StubEngine, str]
 VOTE = {"value": "up", "message_id": "m"}
 BASE = HELLO | {"model": "base"}
 
@@ -156,6 +160,29 @@ async def test_a_gateway_that_never_saw_its_keys_lets_nobody_in(start: StartGate
     assert (status, body["error"]["code"], response.headers["Retry-After"]) == (503, "not_ready", "1")
     alone = await start(store=tmp_path / "file" / "store.db", gateway_id="another")
     assert (await alone.chat())[0] == 503
+
+
+async def test_another_sites_page_may_not_use_a_gateway_that_asks_for_no_key(start: StartGateway, stub: Stub) -> None:
+    gateway = await start(cors_origins=["https://app.example"])
+    # As a page may send them without asking first: a text, to a machine that its user trusts.
+    asked = [
+        ("/v1/chat/completions", HELLO),
+        ("/tokenize", HELLO),
+        ("/v1/feedback", VOTE | {"correction": "Buy at evil.example!"}),
+        ("/v1/feedback/tokens", {"response_id": RESPONSE_ID}),
+        ("/api/public/scores", {"name": "user-feedback", "value": 1, "traceId": "m"}),
+    ]
+    for origin in ("https://evil.example", "null", gateway.url):  # the last is what a name that was rebound looks like
+        headers = {"Origin": origin, "Content-Type": "text/plain"}
+        for path, body in asked:
+            status, answer, _ = await gateway.post(path, body, headers)
+            assert (status, path) in {(401, "/v1/feedback"), (403, path)}
+            assert answer["error"]["code"] == (None if status == 401 else "foreign_origin")
+    assert stub[0].requests == gateway.feedback() == []
+    token = gateway.parts.signer.sign(Claim(RESPONSE_ID, ""), int(time.time()) + 60)
+    assert (await gateway.post("/v1/feedback", {"value": "up", "token": token}, headers))[0] == 202  # as from any page
+    for path, body in asked:
+        assert (await gateway.post(path, body, {"Origin": "https://app.example"}))[0] in (200, 202)
 
 
 async def test_a_key_that_was_left_empty_is_none(start: StartGateway) -> None:

@@ -69,6 +69,12 @@ async def test_a_key_that_asks_too_often_is_told_when_to_come_back(start: StartG
         assert (REGISTRY.get_sample_value("thumbwheel_gateway_refused_total", {"code": code}) or 0) >= 1
 
 
+async def test_each_key_of_the_settings_has_a_rate_of_its_own(start: StartGateway) -> None:
+    gateway = await start(api_keys=["k1", "k2"], key_requests_per_s=0.01, rate_burst_s=100)
+    assert await statuses(gateway, CHAT, [HELLO] * 2, "k1") == [200, 429]
+    assert await statuses(gateway, CHAT, [HELLO] * 2, "k2") == [200, 429]
+
+
 async def test_a_rater_that_asks_too_often_holds_up_nobody_else(start: StartGateway) -> None:
     gateway = await start(api_keys=["k1"], rater_requests_per_s=0.01, rate_burst_s=200)
     asked = [HELLO | {"user": user} for user in ("ann", "ann", "ann", "bob")]
