@@ -7,7 +7,8 @@ touches in one transaction has the keys of the batch's partitions, so joiners of
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import msgspec
 from sqlalchemy import Engine, func, select
 
 from loop.erasure import Erased
-from loop.events import KEY, UUID
+from loop.events import KEY, UUID, decode_response
 from loop.join import (
     Batch,
     DeadLetter,
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 _VOTE = (
     "key, feedback_id, response_id, message_id, choice_index, rater, value, weight, source, hlc, event_id, correction"
 )
+_SAYS_UNSTORED = re.compile(rb'"stored"\s*:\s*false')
 # A response as it comes near: its row in `response_index`, then what its body's row has beside it.
 _STAGED = [*response_index.columns, responses.c.day, responses.c.body]
 
@@ -54,6 +56,8 @@ class Applied:
     votes: list[Vote]
     stale: int
     """Later versions of responses that are there already: they change nothing."""
+    unstored: int
+    """Votes that have met a response which was not to be stored: they make no example."""
 
 
 class Reader(NamedTuple):
@@ -108,9 +112,9 @@ def apply(engine: Engine, reader: Reader, prepared: Prepared, spans: Mapping[int
             added, replaced, inserted, stale = _add_responses(bulk, batch, left_out)
             changed, displaced = _add_votes(bulk, batch.votes)
             # 5. What the facts mean, for the responses that something new says something about.
-            _rejoin(bulk, batch, added, replaced, [*changed, *displaced])
+            unstored = _rejoin(bulk, batch, added, replaced, [*changed, *displaced])
             bulk.insert(dead_letters, [_dead_row(letter, reader.log_id) for letter in batch.dead_letters])
-    return Applied(inserted, changed, stale)
+    return Applied(inserted, changed, stale, unstored)
 
 
 def start_positions(engine: Engine, reader: Reader, partitions: Iterable[int]) -> dict[int, Offsets]:
@@ -259,8 +263,10 @@ def _add_votes(bulk: Bulk, arrived: Mapping[tuple[str, str], Vote]) -> tuple[lis
 
 def _rejoin(
     bulk: Bulk, batch: Batch, added: Iterable[Response], replaced: Collection[Response], moved: Iterable[Vote]
-) -> None:
-    """Make the examples anew of every response that a new response or a changed vote bears on."""
+) -> int:
+    """Make the examples anew of every response that a new response or a changed vote bears on; returns how many votes
+    have met one that was not to be stored.
+    """
     ids = {r.response_id for r in added} | {v.response_id for v in moved if v.response_id}
     messages = {r.message_id for r in (*added, *replaced) if r.message_id}
     messages |= {v.message_id for v in moved if v.message_id}
@@ -274,9 +280,10 @@ def _rejoin(
     # A new response takes over the votes on its message, so the others under that message are touched too.
     under = _under(bulk, voted)
     touched |= under
-    _mark_pending(bulk, set(touched), voted, {response.message_id for response in under.values()})
     standing = _votes_on(bulk, touched, under.values(), voted)
     events = _events(bulk, batch, [response for id, response in touched.items() if standing[id]])
+    unstored = _new_votes(bulk, [vote for id, event in events.items() if _is_unstored(event) for vote in standing[id]])
+    _mark_pending(bulk, set(touched), voted, {response.message_id for response in under.values()})
     joined = [example for id, event in events.items() for example in join(touched[id], standing[id], event)]
     keys = {(example.response_id, example.choice_index) for example in joined}
     stood = bulk.select("SELECT response_id, choice_index FROM examples WHERE response_id IN ??", set(touched))
@@ -284,6 +291,18 @@ def _rejoin(
         "DELETE FROM examples WHERE response_id = ? AND choice_index = ?", [row for row in stood if row not in keys]
     )
     bulk.upsert(examples, [_example_row(example) for example in joined])
+    return unstored
+
+
+def _new_votes(bulk: Bulk, votes: Sequence[Vote]) -> int:
+    """How many of the votes have waited for their response until now."""
+    rows = bulk.select("SELECT key, feedback_id FROM votes WHERE pending AND key IN ??", {vote.key for vote in votes})
+    waited = set(map(tuple, rows))
+    return sum((vote.key, vote.feedback_id) in waited for vote in votes)
+
+
+def _is_unstored(event: bytes) -> bool:
+    return _SAYS_UNSTORED.search(event) is not None and not decode_response(event).data.stored
 
 
 def _mark_pending(bulk: Bulk, ids: set[str], voted: set[str], answered: set[str | None]) -> None:

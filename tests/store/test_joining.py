@@ -109,6 +109,22 @@ def test_a_vote_that_comes_first_waits_for_its_response(store: Engine) -> None:
     assert (list(examples_in(store)), pending_votes(store)[0]) == ([(ID, 0)], 0)
 
 
+@pytest.mark.parametrize("by", [{"response_id": ID}, {"message_id": "m"}], ids=lambda by: next(iter(by)))
+def test_votes_on_what_was_not_to_be_stored_count_as_unstored_and_make_no_example(
+    store: Engine, by: dict[str, str]
+) -> None:
+    id = response_id(key_of_message_id("m"), 1) if "message_id" in by else ID
+    asked = response(id, n=0, stored=False, message_id="m")
+    early, late, again = (feedback(f, "up", HLC + n, comment="so", **by) for n, f in enumerate("fgf"))
+    batches = [[early], [asked], [asked, again], [late, late]]
+    assert [apply(store, READER, batch_of(*batch), {}).unstored for batch in batches] == [0, 1, 0, 1]
+    said = '{"stored": false}'  # is only text
+    stored = response_id("b" * 16, 2)
+    assert apply(store, READER, batch_of(response(stored, text=said)), {}).unstored == 0
+    assert apply(store, READER, batch_of(feedback("h", "up", HLC, response_id=stored)), {}).unstored == 0
+    assert [id for id, _ in examples_in(store)] == [stored]
+
+
 def test_a_newer_response_takes_over_the_votes_on_its_message(store: Engine) -> None:
     first, second = (response_id(key_of_message_id("m"), n) for n in (1, 2))
     vote = feedback("f", "down", HLC, message_id="m")
