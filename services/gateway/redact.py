@@ -86,8 +86,9 @@ def presidio(config: Path | None) -> Recogniser:
 
 
 def redact_event(event: bytes, recognise: Recogniser) -> bytes:
-    """The event without what is private. A response that changed loses its token ids, which would give it away, and
-    is marked; one that did not is returned as it is. Raises whatever `recognise` raises.
+    """The event without what is private. A response that changed loses its token ids, which would give it away, and is
+    marked, and so is one whose prompt was sent as token ids, which cannot be looked into; another is returned as it is.
+    Raises whatever `recognise` raises.
     """
     envelope = msgspec.json.decode(event)
     data: dict[str, Any] = envelope["data"]
@@ -96,7 +97,8 @@ def redact_event(event: bytes, recognise: Recogniser) -> bytes:
     if choices is not None:
         texts["choices"] = [{**choice, "token_ids": None, "logprobs": None} for choice in choices]
     clean = _redact(texts, recognise)
-    if clean == texts:
+    is_seen = data.get("messages") is not None or data.get("prompt") is not None
+    if clean == texts and (is_seen or data.get("prompt_token_ids") is None):
         return event
     if choices is not None:
         clean |= {"redacted": True}

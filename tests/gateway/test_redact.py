@@ -233,6 +233,13 @@ async def test_a_response_without_private_parts_keeps_its_token_ids(private: Gat
     assert (logged.redacted, logged.prompt_token_ids) == (False, [2, 277, 3])
 
 
+async def test_a_prompt_of_token_ids_cannot_be_looked_into_and_does_not_stay(private: Gateway) -> None:
+    assert (await private.post("/v1/completions", {"model": "assistant", "prompt": [2, 277, 3]}))[0] == 200
+    (logged,) = private.responses()
+    assert (logged.redacted, logged.prompt_token_ids, logged.choices[0].token_ids) == (True, None, None)
+    assert logged.choices[0].message["content"].startswith(" word0")
+
+
 def child_of(gateway: Gateway) -> int:
     assert gateway.parts.redactor is not None
     assert gateway.parts.redactor._child is not None
@@ -297,7 +304,13 @@ async def test_an_event_is_answered_with_an_error_once_the_redactor_is_closed() 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("field", "headers"), [({"store": False}, {}), ({}, {"X-Thumbwheel-Store": "false"})], ids=["body", "header"]
+    ("field", "headers"),
+    [
+        ({"store": False}, {}),
+        ({}, {"X-Thumbwheel-Store": "false"}),
+        ({"store": "false"}, {}),  # is no boolean, and clear enough
+        ({}, {"X-Thumbwheel-Store": "no"}),
+    ],
 )
 async def test_what_must_not_be_stored_leaves_an_event_without_content(
     gateway: Gateway, field: dict[str, Any], headers: dict[str, str], stream: bool
