@@ -96,11 +96,15 @@ async def poll(settings: OpenWebuiSettings) -> dict[str, int]:
         refused = 0
         for start in range(0, len(new), BATCH):
             batch = new[start : start + BATCH]
-            votes = [vote for rating in batch if (vote := to_vote(rating)) is not None]
-            if votes:
-                refused += await _vote(http, settings, votes)
-            seen = advance(seen, batch)
-            write_seen(settings.state, seen)
+            sent = [(rating, vote) for rating in batch if (vote := to_vote(rating)) is not None]
+            results = await _vote(http, settings, [vote for _, vote in sent]) if sent else []
+            late = [rating for (rating, _), status in zip(sent, results, strict=True) if status == 429]
+            refused += sum(status not in (202, 429) for status in results)
+            if done := batch[: batch.index(late[0])] if late else batch:
+                seen = advance(seen, done)
+                write_seen(settings.state, seen)
+            if late:
+                raise ConnectionError(f"the gateway takes no more votes of the rater of {late[0].id!r} for now (429)")
     return {"ratings": len(ratings), "new": len(new), "refused": refused}
 
 
@@ -161,17 +165,16 @@ def write_seen(path: Path, seen: Seen) -> None:
     made.rename(path)
 
 
-async def _vote(http: aiohttp.ClientSession, settings: OpenWebuiSettings, votes: list[dict[str, Any]]) -> int:
-    """Send the votes; returns how many of them the gateway refused."""
+async def _vote(http: aiohttp.ClientSession, settings: OpenWebuiSettings, votes: list[dict[str, Any]]) -> list[int]:
+    """Send the votes; returns the status of each."""
     url = f"{settings.gateway_url.rstrip('/')}/v1/feedback"
     body = await _ask(http, "POST", url, settings.api_key, 207, {"items": votes})
-    refused = [
-        (vote, result) for vote, result in zip(votes, json.loads(body)["items"], strict=True) if result["status"] != 202
-    ]
-    for vote, result in refused:
-        extra = {"action": "rating_refused", "feedback_id": vote["feedback_id"]}
-        log.warning("a rating was refused: %s", result["error"]["message"], extra=extra)
-    return len(refused)
+    results = json.loads(body)["items"]
+    for vote, result in zip(votes, results, strict=True):
+        if result["status"] not in (202, 429):
+            extra = {"action": "rating_refused", "feedback_id": vote["feedback_id"]}
+            log.warning("a rating was refused: %s", result["error"]["message"], extra=extra)
+    return [result["status"] for result in results]
 
 
 async def _ask(

@@ -120,6 +120,24 @@ async def test_what_was_not_written_is_sent_again_and_what_is_refused_is_not(
     assert (await poll(settings))["new"] == 0
 
 
+async def test_what_a_rater_may_not_send_yet_is_sent_later(
+    start: StartGateway, open_webui: tuple[OpenWebui, str], tmp_path: Path
+) -> None:
+    server, url = open_webui
+    hasty = await start(rater_requests_per_s=0.01, rate_burst_s=200)
+    settings = settings_for(url, hasty, tmp_path)
+    for n in range(4):  # one more than the user's two, and than another's one
+        server.rate(f"a{n}", 1, 10 + n, user_id="user-2" if n == 1 else "user-1")
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match=r"no more votes of the rater of 'a3' for now"):
+            await poll(settings)
+    assert read_seen(settings.state) == Seen(12, ("a2",))
+    patient = await start(gateway_id="another")
+    settings = settings.model_copy(update={"gateway_url": patient.url})
+    assert await poll(settings) == {"ratings": 4, "new": 1, "refused": 0}
+    assert sorted(one.message_id or "" for one in patient.feedback()) == [f"message-a{n}" for n in range(4)]
+
+
 async def test_a_wrong_key_and_a_server_that_is_away_are_said(
     gateway: Gateway, open_webui: tuple[OpenWebui, str], tmp_path: Path
 ) -> None:
