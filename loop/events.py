@@ -191,7 +191,7 @@ def decode_feedback(value: bytes) -> FeedbackEvent:
 def _checked(decoder: msgspec.json.Decoder[Any], expected_type: str, value: bytes) -> Any:
     try:
         envelope = decoder.decode(value)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:  # ValidationError is a DecodeError
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:  # ValidationError is a DecodeError
         raise EventError(str(exc)) from exc
     if envelope.type != expected_type:
         raise EventError(f"type is {envelope.type!r}, expected {expected_type!r} on this topic")

@@ -62,6 +62,8 @@ SWITCH_S = 0.0005
 # A batch's objects, tens of thousands, go with the batch: by Python's default (700) they were looked through again and
 # again while they live, for an eighth of the joiner's time.
 COLLECT_EVERY = 100_000
+# What is nested so deep that those who read the store, with Python's limit of 1000, could not, is a dead letter.
+RECURSION_LIMIT = 850
 SQLITE_TRANSACTION_S = 0.05  # other writers of the file wait for ours
 MIN_BATCH_EVENTS = 500  # below, the cost of a transaction outweighs that of its events
 T = TypeVar("T")
@@ -73,6 +75,7 @@ def run_joiner(settings: Settings, stop: threading.Event) -> None:
     """Join until `stop` is set, then finish the batch in hand and leave the group. What is away is waited for."""
     sys.setswitchinterval(SWITCH_S)
     gc.set_threshold(COLLECT_EVERY)
+    sys.setrecursionlimit(RECURSION_LIMIT)
     server, thread = start_http_server(settings.joiner.metrics_port, addr=settings.gateway.host)
     try:
         store = when_there(lambda: open_store(settings.store), stop, _say)
@@ -311,6 +314,7 @@ class Joiner:
         metrics.joiner_stale_versions.inc(applied.stale)
         for vote in applied.votes:
             metrics.joiner_votes.labels(vote.value).inc()
+        metrics.joiner_unstored_votes.inc(applied.unstored)
         for letter in batch.dead_letters:
             where = {"topic": letter.topic, "partition": letter.partition, "offset": letter.offset}
             log.warning("dead letter: %s", letter.reason, extra={"action": "joiner_dead_letter", **where})

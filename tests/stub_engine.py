@@ -55,6 +55,7 @@ def create_stub(engine: StubEngine) -> web.Application:
     app.router.add_get("/v1/models", models)
     app.router.add_get("/health", health)
     app.router.add_post("/tokenize", tokenize)
+    app.router.add_post("/v1/embeddings", embed)
     for path in ADMIN_ROUTES:
         app.router.add_route("*", path, admin)
     app.router.add_route("*", "/{path:.*}", not_found)
@@ -84,6 +85,14 @@ async def tokenize(request: web.Request) -> web.Response:
     body = await request.json()
     request.app[ENGINE].requests.append(body)
     return web.json_response({"count": 1, "max_model_len": 512, "tokens": [277], "token_strs": None})
+
+
+async def embed(request: web.Request) -> web.Response:
+    body = await request.json()
+    request.app[ENGINE].requests.append(body)
+    data = [{"object": "embedding", "index": at, "embedding": [0.5]} for at, _ in enumerate(body["input"])]
+    answer = {"object": "list", "data": data, "model": body["model"]}
+    return web.Response(text=json.dumps(answer, separators=(",", ":")), content_type="application/json")
 
 
 async def complete(request: web.Request) -> web.StreamResponse:

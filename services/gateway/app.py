@@ -6,6 +6,7 @@ import asyncio
 import gc
 import resource
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -25,7 +26,7 @@ from services.gateway.errors import Refusal
 from services.gateway.feedback import feedback
 from services.gateway.forward import forwarding
 from services.gateway.identity import KeyRing, is_loopback
-from services.gateway.langfuse import create_scores, delete_score, drop_traces, ingest
+from services.gateway.langfuse import create_scores, delete_score, drop_traces, ingest, projects
 from services.gateway.openapi import document, page
 from services.gateway.parts import MAX_HEADERS, PARTS, Parts
 from services.gateway.proxy import chat_completions, completions, models, not_served, pass_through
@@ -38,6 +39,7 @@ from services.gateway.tokens import make_token
 
 _CANCEL_S = 1.0  # for handlers that were cancelled at the end of the drain
 _PREFLIGHT_AGE_S = "600"
+_RECURSION_LIMIT = 700  # a request that is nested deeper is refused: the log's readers have to get deeper than we
 _THUMBS = (Path(__file__).parent / "static" / "thumbs.js").read_bytes()
 
 
@@ -60,6 +62,7 @@ def create_app(settings: Settings) -> web.Application:
             web.post("/api/public/scores", create_scores),
             web.delete("/api/public/scores/{score_id}", delete_score),
             web.post("/api/public/ingestion", ingest),
+            web.get("/api/public/projects", projects, allow_head=False),
             web.post("/api/public/otel/v1/traces", drop_traces),
             web.get("/thumbs.js", thumbs),
             web.get("/openapi.json", document),
@@ -130,6 +133,7 @@ def main(settings: Settings) -> None:
     # Each stream takes two, and the usual soft limit is 1024.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    sys.setrecursionlimit(_RECURSION_LIMIT)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings))
 

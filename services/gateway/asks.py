@@ -16,7 +16,7 @@ from msgspec import Raw
 from multidict import istr
 
 from loop.events import hash_rater
-from services.gateway.errors import Refusal
+from services.gateway.errors import UNREADABLE, Refusal
 
 Endpoint = Literal["chat", "completions"]
 
@@ -93,12 +93,13 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
     fields = read_fields(body)
     metadata = _value(fields, "metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
-    user = _value(fields, "user") or _header(headers, _USER)
+    user = _value(fields, "user") or _id(_header(headers, _USER), "user")
     rater = hash_rater(rater_salt, user) if isinstance(user, str) else ""
     conversation_id = _id(_header(headers, _CONVERSATION) or metadata.get("conversation_id"), "conversation")
     is_task = bool(_header(headers, _TASK) or metadata.get("task"))  # a title, tags: nobody sees it, nobody votes on it
     choices = _value(fields, "n")
-    is_stored = headers.get(_STORE, "").lower() != "false" and _value(fields, "store") is not False
+    # What is neither a yes nor a no was meant to say something, and is safer taken for a no.
+    is_stored = headers.get(_STORE, "true").lower() == "true" and _value(fields, "store") in (None, True)
     return Ask(
         endpoint=endpoint,
         fields=fields,
@@ -132,7 +133,7 @@ def read_fields(body: bytes) -> dict[str, Raw]:
     """The body's fields, their values untouched. Raises Refusal 400."""
     try:
         return _fields.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise Refusal(400, f"the body is not a JSON object: {exc}", code="invalid_json") from exc
 
 
@@ -141,7 +142,7 @@ def read_model(fields: Mapping[str, Raw]) -> str | None:
     model = _value(fields, "model")
     if model is None or isinstance(model, str):
         return model
-    raise Refusal(400, f"model is {model!r}; expected a string", param="model")
+    raise Refusal(400, f"model is {str(model)[:80]}; expected a string", param="model")
 
 
 def _value(fields: Mapping[str, Raw], name: str) -> Any:
@@ -151,7 +152,7 @@ def _value(fields: Mapping[str, Raw], name: str) -> Any:
         return None
     try:
         return _anything.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return None
 
 
@@ -185,7 +186,7 @@ def _first_turn(fields: Mapping[str, Raw]) -> str:
             turn.update(bytes(message)[:_HASHED_BYTES])
             if _turn.decode(message).role == "user":
                 break
-    except (KeyError, msgspec.DecodeError, UnicodeDecodeError):
+    except (KeyError, *UNREADABLE):
         turn.update(bytes(fields.get("prompt", b""))[:_HASHED_BYTES])
     return turn.hexdigest()[:32]
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import msgspec
 from aiohttp import web
+from aiohttp.hdrs import CONTENT_ENCODING
 
+# What a decoder raises for bytes that are no JSON of ours; the last for what is nested too deep.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -32,12 +35,21 @@ class Refusal(web.HTTPException):
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
-    """The request's body. Raises Refusal 413 above `max_bytes`."""
-    if (request.content_length or 0) <= max_bytes:
+    """The request's body. Raises Refusal 413 above `max_bytes`, and 400 where it is not encoded as it says."""
+    length = request.content_length
+    if (length or 0) <= max_bytes:
         try:
-            body = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            body = None
-        if body is not None and len(body) <= max_bytes:
-            return body
+            if length is not None and CONTENT_ENCODING not in request.headers:
+                return await request.read()
+            body = bytearray()  # how large it is turns out
+            async for block in request.content.iter_any():
+                body += block
+                if len(body) > max_bytes:
+                    break
+            else:
+                return bytes(body)
+        except web.RequestPayloadError as exc:
+            refusal = Refusal(400, "the body is not what its Content-Encoding says", code="invalid_body")
+            refusal.force_close()  # nor can be read what comes behind it
+            raise refusal from exc
     raise Refusal(413, f"the body is larger than {max_bytes} bytes, which is the most that is taken here")

@@ -34,7 +34,7 @@ from loop.events import (
 )
 from loop.log import NewRecord
 from services.gateway.asks import MAX_ID_CHARS
-from services.gateway.errors import Refusal, read_body
+from services.gateway.errors import UNREADABLE, Refusal, read_body
 from services.gateway.parts import PARTS, Parts
 from services.gateway.redactor import RedactionError, Redactor
 from services.gateway.relay import FEEDBACK_TOKEN
@@ -136,7 +136,7 @@ def read_items(body: bytes) -> tuple[Sequence[bytes | Raw], bool]:
             return _batch.decode(body).items, True
     except msgspec.ValidationError as exc:
         raise Refusal(422, f"the votes are not valid: {exc}", code="invalid_feedback") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise Refusal(400, f"the body is not JSON: {exc}", code="invalid_json") from exc
     if len(body) > MAX_BYTES:
         raise Refusal(413, f"the vote is larger than {MAX_BYTES} bytes, which is the most that is taken here")
@@ -162,7 +162,7 @@ def read_vote(body: bytes | Raw, feedback_id: str | None) -> Vote:
             vote.feedback_id = msgspec.convert(feedback_id, OwnId)
     except msgspec.ValidationError as exc:
         raise Refusal(422, f"the vote is not valid: {exc}", code="invalid_feedback") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise Refusal(400, f"the body is not JSON: {exc}", code="invalid_json") from exc
     if vote.value not in VALUES:
         expected = ", ".join(VALUES)
@@ -194,7 +194,7 @@ def authorize(vote: Vote, voter: Voter, parts: Parts) -> FeedbackGiven:
                 message = f"a feedback token does not permit {name!r}; an API key with the scope feedback does"
                 raise Refusal(403, message, param=name, code="missing_scope")
         if vote.feedback_id is not None:  # a browser's ids are its own: they never take another caller's
-            vote.feedback_id = f"{claim.response_id}/{vote.feedback_id}"
+            vote.feedback_id = f"{claim.response_id}/{claim.rater}/{vote.feedback_id}"
     rater = claim.rater if vote.rater is None else hash_rater(parts.rater_salt, vote.rater)
     return _given(vote, claim.response_id, rater, parts)
 

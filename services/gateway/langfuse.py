@@ -1,5 +1,6 @@
 """Langfuse's scores as votes, so that an app which sends thumbs there sends them here by its settings alone:
-`POST` and `DELETE /api/public/scores`, and `score-create` in `POST /api/public/ingestion`.
+`POST` and `DELETE /api/public/scores`, `score-create` in `POST /api/public/ingestion`, and `GET /api/public/projects`,
+by which they ask whether their keys are good.
 
 A score is on the trace of a response: its trace id is the `response_id`, the SHA-256 of the app's message id (32 hex
 digits, as LibreChat makes it), else the message id itself. Which scores are thumbs, and which way they point, the
@@ -20,7 +21,7 @@ from msgspec import Meta, Raw
 
 from loop.events import FeedbackGiven, FeedbackValue
 from loop.settings import LangfuseSettings
-from services.gateway.errors import Refusal, read_body
+from services.gateway.errors import UNREADABLE, Refusal, read_body
 from services.gateway.feedback import (
     MAX_BATCH_BYTES,
     Comment,
@@ -77,7 +78,7 @@ async def create_scores(request: web.Request) -> web.Response:
     if not body.lstrip().startswith(b"["):
         score, given = take_score(body, None, parts)
         await write_feedback([] if given is None else [given], parts)
-        return answer(200, {"id": score.id or f"feedback-{score.trace_id or score.name}"})
+        return answer(200, {"id": _id_of(score)})
     taken: list[FeedbackGiven] = []
     errors: list[dict[str, Any]] = []
     scores = _read(_list, body)
@@ -134,6 +135,13 @@ async def ingest(request: web.Request) -> web.Response:
     return answer(207, {"successes": successes, "errors": errors})
 
 
+async def projects(request: web.Request) -> web.Response:
+    """GET /api/public/projects: the one that every key is of. LibreChat keeps its id with each message."""
+    await request.app[PARTS].check_key(request, "feedback")
+    named = {"id": "thumbwheel", "name": "Thumbwheel"}
+    return answer(200, {"data": [{**named, "organization": named, "metadata": {}}]})
+
+
 async def drop_traces(request: web.Request) -> web.Response:
     """POST /api/public/otel/v1/traces: spans are not of interest; their sender is told that all is well."""
     await request.app[PARTS].check_key(request, "feedback")
@@ -161,9 +169,13 @@ def take_score(raw: bytes | Raw, event_id: str | None, parts: Parts) -> tuple[Sc
     except Refusal as exc:
         count_refused(exc)
         raise
-    if score.id is not None:
-        parts.scored.put(score.id, score.trace_id)
+    parts.scored.put(_id_of(score), score.trace_id)
     return score, given
+
+
+def _id_of(score: Score) -> str:
+    """The score's id, made like LibreChat's where it brings none."""
+    return score.id or f"feedback-{score.trace_id or score.name}"
 
 
 def value_of(score: Score, settings: LangfuseSettings) -> FeedbackValue | None:
@@ -205,5 +217,5 @@ def vote_on(trace_id: str, value: str, comment: str | None = None, feedback_id: 
 def _read(decoder: msgspec.json.Decoder[Any], body: bytes | Raw) -> Any:
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise Refusal(400, f"the body is not valid: {exc}", code="invalid_request") from exc

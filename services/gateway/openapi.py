@@ -288,6 +288,7 @@ _PATHS: dict[str, Schema] = {
             "requestBody": {"required": True, **_json({"type": "object", "required": ["batch"]})},
         }
     },
+    "/api/public/projects": {"get": _langfuse("The one project, for keys that are good")},
     "/api/public/otel/v1/traces": {
         "post": {
             **_langfuse("Spans, which are dropped"),

@@ -45,11 +45,16 @@ async def models(request: web.Request) -> web.Response:
     """GET /v1/models: the alias, described as the engine describes its base model."""
     parts = request.app[PARTS]
     await parts.check_key(request, "chat")
-    with await parts.engines.get("/v1/models") as answer:
-        if answer.status != 200:
-            return web.Response(body=answer.first, status=answer.status, content_type="application/json")
+    parts.admit("other")
     try:
-        listed: list[dict[str, Any]] = msgspec.json.decode(answer.first)["data"]
+        with await parts.engines.get("/v1/models") as answer:
+            status, body = answer.status, answer.first
+    finally:
+        parts.open_requests -= 1
+    if status != 200:
+        return web.Response(body=body, status=status, content_type="application/json")
+    try:
+        listed: list[dict[str, Any]] = msgspec.json.decode(body)["data"]
     except (msgspec.DecodeError, KeyError, TypeError) as exc:
         raise Refusal(502, f"the engine's list of models cannot be read: {exc}", code="engine_failed") from exc
     base = next((entry for entry in listed if entry.get("id") == parts.base_name), {})

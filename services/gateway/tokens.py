@@ -10,7 +10,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from loop.events import hash_rater, key_of_response_id
-from services.gateway.errors import Refusal, read_body
+from services.gateway.errors import UNREADABLE, Refusal, read_body
 from services.gateway.feedback import MAX_BYTES, Id, answer
 from services.gateway.identity import Claim
 from services.gateway.parts import PARTS
@@ -37,7 +37,7 @@ async def make_token(request: web.Request) -> web.Response:
     try:
         ask = _ask.decode(body)
         key_of_response_id(ask.response_id)
-    except (ValueError, msgspec.DecodeError) as exc:
+    except (ValueError, *UNREADABLE) as exc:
         raise Refusal(422, f"no token can be made: {exc}", code="invalid_token_request") from exc
     longest_s = parts.gateway.token_ttl_s
     expires_at = int(time.time()) + int(min(ask.ttl_s or longest_s, longest_s))

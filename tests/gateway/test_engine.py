@@ -57,7 +57,11 @@ def said(chunks: list[dict[str, Any]]) -> dict[str | int, Any]:
     return found
 
 
-@pytest.mark.parametrize("ask", [{}, {"n": 2, "logprobs": True}, {"stop": ["e"]}])
+PARCEL: Any = {"type": "object", "properties": {"kind": {"enum": ["parcel", "letter"]}}, "required": ["kind"]}
+SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "order", "schema": PARCEL}}
+
+
+@pytest.mark.parametrize("ask", [{}, {"n": 2, "logprobs": True}, {"stop": ["e"]}, {"response_format": SCHEMA}])
 @pytest.mark.parametrize("stream", [{}, {"stream": True, "stream_options": {"include_usage": True}}])
 async def test_vllm_answers_the_same_through_the_gateway(
     clients: tuple[openai.AsyncOpenAI, openai.AsyncOpenAI],
@@ -84,6 +88,19 @@ async def test_vllm_answers_the_same_through_the_gateway(
         assert choice.message["content"] is not None
         assert len(choice.logprobs or choice.token_ids) == len(choice.token_ids)
     assert not logged.aborted
+
+
+async def test_vllm_tokenizes_and_back_through_the_gateway(through: Gateway, engine: RealEngine) -> None:
+    async def both(path: str, **body: Any) -> Any:
+        status, found, _ = await through.post(path, {"model": "assistant"} | body)
+        async with through.http.post(engine.url + path, json={"model": engine.base_name} | body) as direct:
+            assert (status, found) == (direct.status, await direct.json())
+        return found
+
+    tokens = (await both("/tokenize", prompt="Where is my order?", add_special_tokens=False))["tokens"]
+    assert (await both("/detokenize", tokens=tokens))["prompt"] == "Where is my order?"
+    assert "tokens" in await both("/tokenize", messages=MESSAGES)
+    await both("/v1/embeddings", input="x")  # which this model has none of: the engine says so
 
 
 async def test_vllm_takes_the_minted_id(through: Gateway) -> None:

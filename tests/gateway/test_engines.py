@@ -72,6 +72,8 @@ async def test_above_the_bound_requests_are_a_503_at_once(start: StartGateway, s
         for path in ("/v1/chat/completions", "/v1/completions", "/tokenize"):
             status, body, response = await gateway.post(path, HELLO)
             assert (status, body["error"]["code"], response.headers["Retry-After"]) == (503, "overloaded", "1")
+        async with gateway.http.get(gateway.url + "/v1/models") as response:
+            assert response.status == 503
         # What is no load for the engine is taken as before.
         assert (await gateway.post("/v1/feedback", {"message_id": "m", "value": "up"}))[0] == 202
         assert len(stub[0].requests) == 2

@@ -111,6 +111,8 @@ async def test_header_bytes_that_are_no_text_do_no_harm(gateway: Gateway, stub: 
     chat, vote = json.dumps(HELLO).encode(), b'{"message_id": "m", "value": "up"}'
     cases = [
         ("/v1/chat/completions", "X-Thumbwheel-Message-Id", chat, b" 400 "),
+        ("/v1/chat/completions", "X-OpenWebUI-User-Id", chat, b" 400 "),
+        ("/v1/chat/completions", "Origin", chat, b" 403 "),
         ("/v1/chat/completions", "traceparent", chat, b" 200 "),
         ("/v1/chat/completions", "Authorization", chat, b" 200 "),
         ("/v1/feedback", "Idempotency-Key", vote, b" 422 "),

@@ -17,6 +17,7 @@ from services.gateway.identity import Claim, TokenSigner
 from tests.gateway.conftest import Gateway, StartGateway, until
 
 RESPONSE_ID = "chatcmpl-0123456789abcdef-01890000-0000-7000-8000-000000000000"
+KEY_OF_RESPONSE = "0123456789abcdef"
 KEY = {"Authorization": "Bearer k1"}
 
 
@@ -140,7 +141,7 @@ async def test_a_browser_votes_with_the_responses_token_and_no_key(start: StartG
     found = gateway.feedback()
     assert {given.response_id for given in found} == {body["id"]}
     assert {given.rater for given in found} == {hash_rater(b"thumbwheel", "ann")}
-    assert found[1].feedback_id == f"{body['id']}/f"  # cannot be another caller's
+    assert found[1].feedback_id == f"{body['id']}/{found[1].rater}/f"  # cannot be another caller's
 
 
 async def test_a_token_permits_nothing_else(start: StartGateway) -> None:
@@ -172,6 +173,17 @@ async def test_a_token_permits_nothing_else(start: StartGateway) -> None:
     for path in ("/v1/chat/completions", "/tokenize"):
         assert (await gateway.post(path, {"model": "assistant"}, {"X-Thumbwheel-Feedback-Token": token}))[0] == 401
     assert (await vote(gateway, KEY, token=token, value="up", weight=2.0, rater="bob"))[0] == 202
+
+
+async def test_one_raters_feedback_id_takes_nobody_elses_vote(start: StartGateway) -> None:
+    gateway = await start(api_keys=["k1"])
+    for rater, value in (("bob", "down"), ("ann", "up")):
+        _, made, _ = await gateway.post("/v1/feedback/tokens", {"response_id": RESPONSE_ID, "rater": rater}, KEY)
+        assert (await vote(gateway, token=made["token"], value=value, feedback_id="1"))[0] == 202
+    batch = Batch()
+    for data in gateway.feedback():
+        batch.add_vote(read_vote(FeedbackEvent(id="e", type="", partitionkey=KEY_OF_RESPONSE, time="", data=data)))
+    assert sorted(vote.value for vote in batch.votes.values()) == ["down", "up"]
 
 
 async def test_an_apps_server_makes_tokens_for_one_rater_and_one_response(start: StartGateway) -> None:
@@ -207,7 +219,7 @@ async def test_a_vote_that_is_sent_again_by_somebody_who_overheard_it_changes_no
     for value, feedback_id in (("up", "f1"), ("down", "f2"), ("up", "f1"), ("up", "f1")):
         assert (await vote(gateway, token=token, value=value, feedback_id=feedback_id))[0] == 202
     votes = [
-        read_vote(FeedbackEvent(id=str(n), type="", partitionkey="0123456789abcdef", time="", data=given))
+        read_vote(FeedbackEvent(id=str(n), type="", partitionkey=KEY_OF_RESPONSE, time="", data=given))
         for n, given in enumerate(gateway.feedback())
     ]
     batch = Batch()

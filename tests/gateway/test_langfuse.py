@@ -133,13 +133,11 @@ async def test_a_score_is_deleted_by_what_its_id_says_or_by_what_is_remembered(g
     score = {"traceId": RESPONSE_ID, "name": "user-feedback", "value": 1}
     _, made, _ = await gateway.post("/api/public/scores", score)
     await gateway.post("/api/public/scores", score | {"id": "of-the-app"})
-    assert [await delete(gateway, id) for id in (made["id"], "of-the-app", "never-seen", trace_of("m"))] == [
-        202,
-        202,
-        404,
-        404,
-    ]
-    assert votes_of(gateway) == [("up", RESPONSE_ID), ("up", RESPONSE_ID), *[("retract", RESPONSE_ID)] * 2]
+    _, own, _ = await gateway.post("/api/public/scores", score | {"traceId": "my-own-id"})
+    ids = made["id"], "of-the-app", own["id"], "never-seen", trace_of("m")
+    assert [await delete(gateway, id) for id in ids] == [202, 202, 202, 404, 404]
+    on = [RESPONSE_ID, RESPONSE_ID, "my-own-id"]
+    assert votes_of(gateway) == [*(("up", id) for id in on), *(("retract", id) for id in on)]
 
 
 def votes_of(gateway: Gateway) -> list[tuple[str, str | None]]:
@@ -190,6 +188,8 @@ async def test_only_who_has_a_key_may_score(start: StartGateway) -> None:
     for headers in ({}, basic("wrong"), basic("k1\n"), {"Authorization": "Basic k1"}, {"Authorization": "Basic ä"}):
         assert (await gateway.post("/api/public/scores", score, headers))[0] == 401
         assert (await gateway.post("/api/public/ingestion", {"batch": []}, headers))[0] == 401
+        async with gateway.http.get(gateway.url + "/api/public/projects", headers=headers) as response:
+            assert response.status == 401
         assert (await gateway.post("/api/public/otel/v1/traces", b"", headers))[0] == 401
         assert await delete(gateway, score["id"], headers) == 401
     assert gateway.feedback() == []
@@ -222,6 +222,7 @@ async def test_langfuses_own_client_scores_and_takes_it_back(
 
     def use_it() -> None:
         client = langfuse.Langfuse(public_key="pk-lf-1", secret_key="k1", base_url=gateway.url, timeout=120)
+        assert client.auth_check()
         client.create_score(
             name="user-feedback", value=True, data_type="BOOLEAN", trace_id=trace_of("m"), comment="yes"
         )

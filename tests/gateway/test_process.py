@@ -210,6 +210,17 @@ async def test_the_process_says_so_for_one_large_header_and_does_not_buffer_a_hu
     assert b" 400 " in await asyncio.to_thread(first_line_after, process.url, head)
 
 
+async def test_what_it_takes_is_not_nested_too_deep_for_who_reads_the_log(process: Process) -> None:
+    await process.wait_until_up()
+    async with aiohttp.ClientSession() as http:
+        for depth, expected in ((600, 200), (700, 400)):
+            tool = json.loads('{"a":' * depth + "1" + "}" * depth)
+            body = HELLO | {"tools": [{"type": "function", "function": {"name": "f", "parameters": tool}}]}
+            assert (await post(http, process.url + "/v1/chat/completions", body))[0] == expected
+    (logged,) = read_spool(process.spool_path)[0]
+    assert logged.tools is not None
+
+
 async def test_operators_routes_are_not_on_the_public_port(process: Process) -> None:
     await process.wait_until_up()
     async with aiohttp.ClientSession() as http:

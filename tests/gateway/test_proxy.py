@@ -234,7 +234,26 @@ async def test_tokenize_is_passed_through_for_the_alias(gateway: Gateway, stub: 
     status, body, _ = await gateway.post("/tokenize", {"model": "assistant", "prompt": "hello"})
     assert (status, body["tokens"]) == (200, [277])
     assert stub[0].requests[-1] == {"model": "base", "prompt": "hello"}
-    assert (await gateway.post("/v1/embeddings", {"model": "assistant", "input": "x"}))[0] == 404  # the engine's own
+
+
+async def test_embeddings_are_passed_through_for_the_alias(gateway: Gateway, stub: Stub) -> None:
+    status, body, _ = await gateway.post("/v1/embeddings", {"model": "assistant", "input": ["a", "b"]})
+    assert (status, body["model"], [one["embedding"] for one in body["data"]]) == (200, "assistant", [[0.5], [0.5]])
+    assert stub[0].requests[-1] == {"model": "base", "input": ["a", "b"]}
+    assert gateway.responses() == []
+
+
+async def test_images_and_sound_go_through_as_they_are(gateway: Gateway, stub: Stub) -> None:
+    content = [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "low"}},
+        {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}},
+    ]
+    messages = [{"role": "user", "content": content}]
+    for stream in (False, True):
+        assert (await gateway.chat(messages=messages, stream=stream))[0] == 200
+        assert stub[0].requests[-1]["messages"] == messages
+    assert [logged.messages for logged in gateway.responses()] == [messages, messages]
 
 
 @pytest.mark.parametrize(

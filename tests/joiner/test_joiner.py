@@ -152,14 +152,16 @@ def test_rubbish_goes_to_dead_letters_and_the_stream_goes_on(start: Start, tmp_p
     settings = embedded(tmp_path)
     log, store = open_log(settings.log), open_store(settings.store)
     id = response_id("a" * 16, 1)
-    rubbish = [NewRecord(RESPONSES, "a" * 16, b"\xff{"), NewRecord(settings.log.feedback_topic, "", b"")]
+    deep = b'{"data":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    rubbish = [NewRecord(RESPONSES, "a" * 16, text) for text in (b"\xff{", deep)]
+    rubbish.append(NewRecord(settings.log.feedback_topic, "", b""))
     log.append([*rubbish, response(id), feedback("f", "up", START_MS << 16, response_id=id)])
     joiner = start(settings)
     wait_until(lambda: is_joined(store, log, settings), "joined")
     dead = [f"{topic}.dlt" for topic in (RESPONSES, settings.log.feedback_topic)]
-    wait_until(lambda: all(sum(log.end_offsets(topic).values()) == 1 for topic in dead), "sent")
+    wait_until(lambda: [sum(log.end_offsets(topic).values()) for topic in dead] == [2, 1], "sent")
     assert list(examples_in(store)) == [(id, 0)]
-    expected = {"dead_letters_total{": 2, "events_total{": 4, "pending_votes": 0}
+    expected = {"dead_letters_total{": 3, "events_total{": 5, "pending_votes": 0}
     wait_until(lambda: joiner.metrics(*expected) == expected, f"shown: {expected}")  # a batch is counted when it is in
     assert joiner.signal(signal.SIGTERM) == 0
     assert all(f'"action": "{action}"' in joiner.actions() for action in ("joiner_dead_letter", "joiner_stopped"))
