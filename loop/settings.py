@@ -86,13 +86,13 @@ class GatewaySettings(Section):
     rater_salt: SecretStr = SecretStr("thumbwheel")
     """Key of the hash under which raters are stored; must be changed where the gateway listens beyond loopback."""
     key_requests_per_s: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Requests of one API key in a second, on average; none for any number."""
+    """Requests of one API key in a second, on average, in each of the `processes`; none for any number."""
     rater_requests_per_s: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Requests and votes of one rater in a second, on average; none for any number."""
+    """Requests and votes of one rater in a second, on average, in each of the `processes`; none for any number."""
     rate_burst_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
     """How many seconds' worth of requests may come at once."""
     cors_origins: list[str] = []
-    """Origins that browsers may call from."""
+    """Origins that browsers may call from; where no API key is asked for, pages of others are refused."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 * 1024 * 1024
     """Largest request body."""
     max_open_requests: Annotated[int, Field(ge=1, le=1_000_000)] = 4096

@@ -17,6 +17,7 @@ from loop.rollout.routing import Route
 from loop.store import write
 from loop.store.routes import oldest_generation_in_use, write_route
 from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, serve, until
+from tests.gateway.test_connection import engine, saying
 from tests.stub_engine import ADMIN_ROUTES, StubEngine
 
 Stub = tuple[StubEngine, str]
@@ -322,15 +323,21 @@ async def test_the_engines_errors_come_through(gateway: Gateway) -> None:
     assert gateway.responses() == []
 
 
-async def test_a_dead_engine_is_a_503_and_one_that_hangs_up_a_502(start: StartGateway) -> None:
-    gateway = await start(engine={"urls": ["http://127.0.0.1:9"]})
-    status, body, response = await gateway.chat()
-    assert (status, body["error"]["type"], body["error"]["code"]) == (503, "server_error", "engine_unavailable")
-    assert response.headers["Retry-After"] == "1"
-    gateway = await start()
-    status, body, _ = await gateway.chat(stub={"fault": "reset"})
-    assert status in (502, 503)
-    assert body["error"]["type"] == "server_error"
+async def test_an_engine_that_is_dead_or_hangs_up_is_a_503_and_one_that_speaks_no_http_a_502(
+    start: StartGateway,
+) -> None:
+    dead, hasty = await start(engine={"urls": ["http://127.0.0.1:9"]}), await start()
+    for gateway in (dead, hasty):
+        status, body, response = await gateway.chat(stub={"fault": "reset"})
+        assert (status, body["error"]["type"], body["error"]["code"]) == (503, "server_error", "engine_unavailable")
+        assert response.headers["Retry-After"] == "1"
+    async with engine(saying(b"SSH-2.0-OpenSSH\r\n")) as url:
+        gateway = await start(engine={"urls": [url]})
+        for stream in (False, True):
+            status, body, _ = await gateway.chat(stream=stream)
+            assert (status, body["error"]["code"]) == (502, "engine_failed")
+        async with gateway.http.get(gateway.url + "/v1/models") as models:
+            assert models.status == 502
 
 
 async def test_an_engine_that_is_too_slow_is_a_503(start: StartGateway) -> None:
