@@ -90,6 +90,8 @@ async def tokenize(request: web.Request) -> web.Response:
 async def embed(request: web.Request) -> web.Response:
     body = await request.json()
     request.app[ENGINE].requests.append(body)
+    if not isinstance(body.get("input"), list):
+        return _error(400, "Field required", "BadRequestError", "input")
     data = [{"object": "embedding", "index": at, "embedding": [0.5]} for at, _ in enumerate(body["input"])]
     answer = {"object": "list", "data": data, "model": body["model"]}
     return web.Response(text=json.dumps(answer, separators=(",", ":")), content_type="application/json")

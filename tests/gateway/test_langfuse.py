@@ -151,7 +151,8 @@ async def test_scores_are_ingested_and_everything_else_is_let_pass(gateway: Gate
     def event(id: str, type: str, body: Any) -> dict[str, Any]:
         return {"id": id, "type": type, "timestamp": "2026-01-01T00:00:00Z", "body": body}
 
-    good = {"id": "s", "traceId": RESPONSE_ID, "name": "user-feedback", "value": 0}
+    others = {"observationId": "o", "environment": "test", "queueId": "q", "configId": "c", "metadata": {"by": "ann"}}
+    good = {"id": "s", "traceId": RESPONSE_ID, "name": "user-feedback", "value": 0, **others}
     batch = [
         event("e1", "trace-create", {"id": "t", "name": "chat"}),
         event("e2", "score-create", good),

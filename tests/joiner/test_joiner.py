@@ -172,13 +172,15 @@ def test_rubbish_goes_to_dead_letters_and_the_stream_goes_on(start: Start, tmp_p
 def test_what_people_watch_is_on_metrics(start: Start, tmp_path: Path) -> None:
     settings = embedded(tmp_path)
     log, store = open_log(settings.log), open_store(settings.store)
-    id, unseen = response_id("a" * 16, 1), response_id("b" * 16, 1)
+    id, unseen, unstored = (response_id(letter * 16, 1) for letter in "abc")
     votes = [feedback("f", "up", START_MS << 16, response_id=id), feedback("g", "retract", HLC, response_id=id)]
     log.append([response(id), *votes, *votes, feedback("h", "up", HLC, response_id=unseen)])
+    log.append([response(unstored, n=0, stored=False), feedback("i", "up", HLC, response_id=unstored)])
     joiner = start(settings)
     wait_until(lambda: is_joined(store, log, settings), "joined")
     expected = {
         'votes_total{value="retract"}': 1,
+        "unstored_votes_total": 1,
         'duplicates_total{topic="thumbwheel.feedback"}': 2,
         "lag_records{": 0,
         "lag_seconds{": 0,
