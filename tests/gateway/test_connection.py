@@ -111,12 +111,18 @@ async def test_every_form_of_an_answer_is_read(
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz", GarbageError),
         (b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n", GarbageError),
         (b"HTTP/1.1 200 OK\r\n" + b"X-Much: more\r\n" * 10_000, GarbageError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n" + CHUNKED.partition(b"\r\n")[2], GarbageError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n" + OK.partition(b"\r\n")[2], GarbageError),
+        (b"HTTP/1.1 200 OK\r\nX-A: 1\nX-B: 2\r\r\n" + OK.partition(b"\r\n")[2], GarbageError),
         (b"", ConnectionError),
         (b"HTTP/1.1 200 OK\r\nContent-", ConnectionError),
         (OK[:-1], ConnectionError),
         (CHUNKED[:-5], ConnectionError),
     ],
-    ids=["other protocol", "length", "chunk", "upgrade", "endless head", "nothing", "half head", "half body", "no end"],
+    ids=[
+        *("other protocol", "length", "chunk", "upgrade", "endless head", "length and chunks", "two lengths"),
+        *("bare line breaks", "nothing", "half head", "half body", "no end"),
+    ],
 )
 async def test_what_is_no_answer_or_not_all_of_it_is_an_error(answer: bytes, error: type[Exception]) -> None:
     async with engine(saying(answer, is_over=True)) as url, asyncio.timeout(PATIENCE_S):
