@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import resource
 import signal
 import sys
@@ -15,9 +16,12 @@ from pathlib import Path
 
 import uvloop
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.log import server_logger
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from loop import metrics
 from loop.events import HybridClock
 from loop.log.embedded import EmbeddedLog
 from loop.settings import GatewaySettings, LogSettings, Settings
@@ -45,6 +49,7 @@ _THUMBS = (Path(__file__).parent / "static" / "thumbs.js").read_bytes()
 
 def create_app(settings: Settings) -> web.Application:
     """The public application."""
+    server_logger.addFilter(_is_our_fault)
     app = web.Application(client_max_size=settings.gateway.max_body_bytes)
     app.cleanup_ctx.append(_parts(settings))
     if settings.gateway.cors_origins:
@@ -243,6 +248,16 @@ def open_spool(settings: LogSettings, gateway_id: str) -> EmbeddedLog:
     if settings.kind == "embedded":
         return EmbeddedLog(settings.path, settings.partitions, settings.retention_s)
     return EmbeddedLog(settings.path.with_name(f"spool-{gateway_id}.db"), settings.partitions)
+
+
+def _is_our_fault(record: logging.LogRecord) -> bool:
+    """Whether the server's log is to have it. What is no HTTP is answered with a 400 and counted: a traceback for each
+    would let a stranger fill the disk, with a header of his that may be somebody's key.
+    """
+    if record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError):
+        return True
+    metrics.gateway_refused.labels("bad_http").inc()
+    return False
 
 
 def _allow_origin(

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 
 import pytest
+from prometheus_client import REGISTRY
 
 from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway
 from tests.gateway.test_connection import engine
@@ -105,6 +106,17 @@ async def test_a_length_that_two_servers_would_read_in_two_ways_is_refused(
 ) -> None:
     assert statuses(await said(gateway, START + head + b"\r\n0\r\n\r\n" + LAST)) == [400]
     assert stub[0].requests == []
+
+
+async def test_what_is_no_http_is_counted_and_not_logged(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
+    def count() -> float:
+        return REGISTRY.get_sample_value("thumbwheel_gateway_refused_total", {"code": "bad_http"}) or 0.0
+
+    before = count()
+    for head in (b"Authorization: Bearer tw-\x00secret\r\n", b"X-Large: " + b"x" * 100_000 + b"\r\n", b"no header\r\n"):
+        assert statuses(await said(gateway, START + head + b"\r\n")) == [400]
+    assert count() == before + 3
+    assert caplog.records == []
 
 
 async def test_requests_in_a_row_are_told_apart_and_an_unread_body_is_no_request(gateway: Gateway, stub: Stub) -> None:
