@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -61,8 +62,9 @@ def collect(
         _Job(url, settings.model_dump(mode="json"), since_day, spool, ranges, part, len(spools))
         for part, spool in enumerate(spools)
     ]
+    hash_seed = secrets.randbelow(1 << 32)
     with ExitStack() as stack:
-        children = [stack.enter_context(_child(job)) for job in jobs]
+        children = [stack.enter_context(_child(job, hash_seed)) for job in jobs]
         done = [_result(job, child) for job, child in zip(jobs, children, strict=True)]
     steps = {step: sum(one.steps[step] for one in done) for step in STEPS}
     return Collected(sum(one.read for one in done), steps)
@@ -79,13 +81,14 @@ def _collect(
                 if isinstance(row, str):
                     steps[row] += 1
                 else:
-                    spooled.add(row, settle(row.votes, settings.disagreement), example.day.toordinal())
+                    label = settle(row.votes, settings.disagreement)
+                    spooled.add(row, label, example.day.toordinal(), len(example.event))
     return Collected(read, steps)
 
 
 @contextmanager
-def _child(job: _Job) -> Iterator[subprocess.Popen[bytes]]:
-    """The process that does the job, ended with the block."""
+def _child(job: _Job, hash_seed: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The process that does the job, ended with the block. Those of one seed have the same `hash`."""
     file = job.spool.with_suffix(".job")
     file.touch(mode=0o600)  # it may hold the store's password; the child removes it
     file.write_bytes(msgspec.json.encode(job, enc_hook=str))
@@ -95,6 +98,7 @@ def _child(job: _Job) -> Iterator[subprocess.Popen[bytes]]:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
+            env=os.environ | {"PYTHONHASHSEED": str(hash_seed)},
         )
         try:
             yield child

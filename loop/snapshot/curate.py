@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -49,7 +49,7 @@ class Row(msgspec.Struct, frozen=True):
     """An example that passed the steps which look at it alone."""
 
     example_id: str
-    messages: list[tuple[str, str]]
+    messages: tuple[tuple[str, str], ...]
     """The prompt as (role, text)."""
     answer: str
     prompt_ids: bytes | None
@@ -119,15 +119,17 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 _decode_votes = msgspec.json.Decoder(list[_Cast]).decode
 
 
-def to_rows(example: Example, settings: SnapshotSettings) -> Iterator[Row | str]:
+def to_rows(example: Example, settings: SnapshotSettings) -> list[Row | str]:
     """The served answer and the raters' corrections, each as a row or the name of the step that drops it."""
     body, cast = _decode_event(example.event).data, _decode_votes(example.votes_json)
     served = _served(example, body, cast, settings)
-    yield served
     known = None if isinstance(served, str) else served.answer
-    for vote in cast:
-        if vote.correction is not None and vote.correction != known:
-            yield _corrected(example, body, vote, vote.correction, settings)
+    corrected = [
+        _corrected(example, body, vote, vote.correction, settings)
+        for vote in cast
+        if vote.correction is not None and vote.correction != known
+    ]
+    return [served, *corrected]
 
 
 def _served(example: Example, body: _Response, cast: list[_Cast], settings: SnapshotSettings) -> Row | str:
@@ -213,8 +215,8 @@ def _prompt(body: _Response) -> list[_Message]:
     return body.messages if body.messages is not None else [_Message(content=body.prompt or "")]
 
 
-def _texts(messages: list[_Message]) -> list[tuple[str, str]]:
-    return [(str(message.role), message_text(message.content) or "") for message in messages]
+def _texts(messages: list[_Message]) -> tuple[tuple[str, str], ...]:
+    return tuple([(str(message.role), message_text(message.content) or "") for message in messages])
 
 
 def _is_text(message: _Message) -> bool:

@@ -85,50 +85,48 @@ def _mixed(values: U64) -> U64:
 
 
 def band_keys(shingles: U32, sizes: I64, similarity: float) -> U64:
-    """One bucket key for each set and band: [n, bands]. Rows of a band are as many as leave a miss at the threshold
+    """One bucket key for each band and set: [bands, n]. Rows of a band are as many as leave a miss at the threshold
     unlikely.
     """
     rows = next((r for r in (16, 8, 4, 2) if (1 - min(similarity, 0.999) ** r) ** (PERMUTATIONS // r) <= MISSED), 1)
-    starts = np.cumsum(sizes) - sizes
-    keys = np.zeros((len(sizes), PERMUTATIONS // rows), np.uint64)
+    order = np.argsort(-sizes, kind="stable")
+    starts, sizes = (np.cumsum(sizes) - sizes)[order], sizes[order]
+    keys = np.zeros((PERMUTATIONS // rows, len(sizes)), np.uint64)
     for begin in range(0, len(sizes), _TEXTS_AT_ONCE):
         part = slice(begin, begin + _TEXTS_AT_ONCE)
-        least = _min_hashes(shingles, starts[part], sizes[part]).reshape(-1, PERMUTATIONS // rows, rows)
+        least = _min_hashes(shingles, starts[part], sizes[part]).reshape(PERMUTATIONS // rows, rows, -1)
         for row in range(rows):
-            keys[part] = (keys[part] ^ least[:, :, row]) * _MIX
-            keys[part] ^= keys[part] >> np.uint64(29)
-    return keys
+            keys[:, part] = (keys[:, part] ^ least[:, row]) * _MIX
+            keys[:, part] ^= keys[:, part] >> np.uint64(29)
+    return keys[:, np.argsort(order)]
 
 
 def count_bands(similarity: float) -> int:
     """How many bands `band_keys` makes."""
-    return int(band_keys(np.zeros(0, np.uint32), np.zeros(0, np.int64), similarity).shape[1])
+    return int(band_keys(np.zeros(0, np.uint32), np.zeros(0, np.int64), similarity).shape[0])
 
 
 def _min_hashes(shingles: U32, starts: I64, sizes: I64) -> U32:
-    """The least of each set's shingles under each permutation: [n, PERMUTATIONS]. No set is empty.
+    """The least of each set's shingles under each permutation: [PERMUTATIONS, n]. No set is empty, and none larger than the
+    one before it.
 
     A permutation is x·a + b modulo 2^32, with odd a. First all sets' first shingles, then all their second ones, and so
     on: so the arrays are as wide as there are sets, whatever their sizes.
     """
-    a, b = np.random.default_rng(0).integers(0, 1 << 32, (2, PERMUTATIONS), dtype=np.uint32)
+    a, b = np.random.default_rng(0).integers(0, 1 << 32, (2, PERMUTATIONS, 1), dtype=np.uint32)
     a |= np.uint32(1)
-    order = np.argsort(-sizes, kind="stable")
-    starts, sizes = starts[order], sizes[order]
-    least = np.full((len(sizes), PERMUTATIONS), np.iinfo(np.uint32).max, np.uint32)
+    least = np.full((PERMUTATIONS, len(sizes)), np.iinfo(np.uint32).max, np.uint32)
     hashed = np.empty_like(least)
     for nth in range(min(int(sizes[0]), _SHINGLES_AT_ONCE)):
         wide = int(np.searchsorted(-sizes, -nth, side="left"))  # how many have more than nth
-        np.multiply(shingles[starts[:wide] + nth][:, None], a, out=hashed[:wide])
-        hashed[:wide] += b
-        np.minimum(least[:wide], hashed[:wide], out=least[:wide])
+        np.multiply(a, shingles[starts[:wide] + nth], out=hashed[:, :wide])
+        hashed[:, :wide] += b
+        np.minimum(least[:, :wide], hashed[:, :wide], out=least[:, :wide])
     for n in range(int(np.searchsorted(-sizes, -_SHINGLES_AT_ONCE, side="left"))):  # the few long ones, each by itself
         for begin in range(int(starts[n]) + _SHINGLES_AT_ONCE, int(starts[n] + sizes[n]), 8 * _SHINGLES_AT_ONCE):
             end = min(begin + 8 * _SHINGLES_AT_ONCE, int(starts[n] + sizes[n]))
-            least[n] = np.minimum(least[n], (shingles[begin:end, None] * a + b).min(axis=0))
-    found = np.empty_like(least)
-    found[order] = least
-    return found
+            least[:, n] = np.minimum(least[:, n], (a * shingles[begin:end] + b).min(axis=1))
+    return least
 
 
 # --- of all -----------------------------------------------------------------------------------------------------------

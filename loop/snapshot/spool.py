@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from loop.snapshot.curate import Label, Row, Vote
 from loop.snapshot.near import band_keys, count_bands, shingle_sets
-from loop.snapshot.prompts import asked, normal_words
+from loop.snapshot.prompts import asked_words
 from loop.snapshot.sorted_arrays import is_first
 from loop.snapshot.split import CLUSTER, CONVERSATION, RATER, hasher, units_of
 from loop.snapshot.write import ROW_SCHEMA, row_batch
@@ -38,8 +38,8 @@ Column = npt.NDArray[Any]
 COLUMNS = {
     "id": np.uint64,  # hash of the example's id: what rows are sorted by, so that no order of arrival shows
     "day": np.int32,
-    "pair": np.uint64,  # hash of the exact prompt and answer
-    "exact_prompt": np.uint64,
+    "pair": np.uint64,  # Python's hash of the exact prompt and answer
+    "exact_prompt": np.uint64,  # and of the prompt alone
     "prompt": np.uint64,  # unit
     "conversation": np.uint64,  # unit
     "rater": np.uint64,  # unit of whom the label is ascribed to; 0 for nobody
@@ -72,11 +72,9 @@ class Spool:
         self._similarity, self._ranges = similarity, ranges
         names = [*COLUMNS, *PIECES, ROWS, *(f"band_{n}" for n in range(count_bands(similarity)))]
         self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
-        kinds = ("example", "exact", "pair", CLUSTER, CONVERSATION, RATER)
-        self._id, self._exact, self._pair, self._cluster, self._conversation, self._rater = (
-            hasher(salt, kind) for kind in kinds
-        )
-        self._batch: list[_Hashed] = []
+        kinds = ("example", CLUSTER, CONVERSATION, RATER)
+        self._id, self._cluster, self._conversation, self._rater = (hasher(salt, kind) for kind in kinds)
+        self._batch: list[tuple[Any, ...]] = []  # what `add` makes of a row, for `_flush`
         self._batch_bytes = 0
         self._unwritten: list[tuple[U64, pa.RecordBatch]] = []
 
@@ -92,30 +90,31 @@ class Spool:
             for file in self._files.values():
                 file.close()
 
-    def add(self, row: Row, label: Label | None, day: int) -> None:
-        """Append a row; `label` is what its own votes come to, `day` which of two rows is the later one."""
-        prompt = "\0".join([f"{role}\1{text}" for role, text in row.messages]).encode()
-        exact, answer = self._exact(prompt), row.answer.encode()
-        words = " ".join(normal_words(asked(row.messages))).encode()
+    def add(self, row: Row, label: Label | None, day: int, size: int) -> None:
+        """Append a row; `label` is what its own votes come to, `day` which of two rows is the later one, `size` about
+        how many bytes of memory it takes.
+        """
         voters = {vote.who: self._rater(vote.who.encode()) for vote in row.votes if vote.named}
-        hashed = _Hashed(
-            self._id(row.example_id.encode()),
-            exact,
-            # Answers that read alike but were sampled as other tokens are one answer: people voted on what they read.
-            self._pair(exact + answer),
-            self._cluster(words),
-            self._conversation(row.conversation_id.encode()),
-            b"" if label is None or label.rater is None else voters[label.rater],
-            b"".join(voters.values()),
-            words,
-            _encode_votes(row.votes),
-            day,
-            row,
-            label or _NO_LABEL,
-            -1 if label is None else int(label.desirable),
+        self._batch.append(
+            (
+                self._id(row.example_id.encode()),
+                self._cluster(words := asked_words(row.messages)),
+                self._conversation(row.conversation_id.encode()),
+                _NOBODY if label is None or label.rater is None else voters[label.rater],
+                b"".join(voters.values()),
+                # These two are compared within this snapshot only: Python's own hash is enough, and far sooner made.
+                hash(row.messages),
+                # Answers that read alike but were sampled as other tokens are one: people voted on what they read.
+                hash((row.messages, row.answer)),
+                words,
+                _encode_votes(row.votes),
+                day,
+                row,
+                label or _NO_LABEL,
+                -1 if label is None else label.desirable,
+            )
         )
-        self._batch.append(hashed)
-        self._batch_bytes += len(prompt) + len(answer) + len(row.completion_ids or b"") + len(row.prompt_ids or b"")
+        self._batch_bytes += size
         if len(self._batch) == BATCH_ROWS or self._batch_bytes > BATCH_BYTES:
             self._flush()
 
@@ -123,29 +122,30 @@ class Spool:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
         if not batch:
             return
-        raters = [hashed.rater or bytes(8) for hashed in batch]
+        ids, prompts, conversations, raters, voters, exact_prompts, pairs, *others = zip(*batch, strict=True)
+        words, votes, days, rows, labels, desirable = others
         columns: dict[str, Column] = {
-            "id": units_of([hashed.id for hashed in batch]),
-            "day": np.array([hashed.day for hashed in batch]),
-            "pair": units_of([hashed.pair for hashed in batch]),
-            "exact_prompt": units_of([hashed.exact_prompt for hashed in batch]),
-            "prompt": units_of([hashed.prompt for hashed in batch]),
-            "conversation": units_of([hashed.conversation for hashed in batch]),
-            "rater": np.where([hashed.rater != b"" for hashed in batch], units_of(raters), 0),
-            "voters": units_of([hashed.voters for hashed in batch]),
-            "voters_size": np.array([len(hashed.voters) // 8 for hashed in batch]),
-            "votes": np.frombuffer(b"".join([hashed.votes for hashed in batch]), np.uint8),
-            "votes_size": np.array([len(hashed.votes) for hashed in batch]),
-            "label": np.array([hashed.desirable for hashed in batch]),
-            "weight": np.array([hashed.label.weight for hashed in batch]),
-            "hlc": np.array([hashed.label.hlc for hashed in batch]),
+            "id": units_of(ids),
+            "day": np.array(days),
+            "pair": np.array(pairs, np.int64).view(np.uint64),
+            "exact_prompt": np.array(exact_prompts, np.int64).view(np.uint64),
+            "prompt": units_of(prompts),
+            "conversation": units_of(conversations),
+            "rater": np.where([rater is not _NOBODY for rater in raters], units_of(raters), 0),
+            "voters": units_of(voters),
+            "voters_size": np.array(list(map(len, voters))) // 8,
+            "votes": np.frombuffer(b"".join(votes), np.uint8),
+            "votes_size": np.array(list(map(len, votes))),
+            "label": np.array(desirable, np.int8),
+            "weight": np.array([label.weight for label in labels]),
+            "hlc": np.array([label.hlc for label in labels]),
         }
-        columns["set"], columns["set_size"] = shingle_sets([hashed.words for hashed in batch])
+        columns["set"], columns["set_size"] = shingle_sets(words)
         for name, values in columns.items():
             values.astype(COLUMNS[name], copy=False).tofile(self._files[name])
-        for n, keys in enumerate(band_keys(columns["set"], columns["set_size"], self._similarity).T):
-            np.ascontiguousarray(keys).tofile(self._files[f"band_{n}"])
-        self._unwritten.append((columns["id"], row_batch([(hashed.row, hashed.label) for hashed in batch])))
+        for n, keys in enumerate(band_keys(columns["set"], columns["set_size"], self._similarity)):
+            keys.tofile(self._files[f"band_{n}"])
+        self._unwritten.append((columns["id"], row_batch(rows, labels)))
         if sum(rows.nbytes for _, rows in self._unwritten) > PIECES_BYTES:
             self._write_rows()
 
@@ -166,24 +166,7 @@ class Spool:
             self._files[ROWS].write(message)
 
 
-class _Hashed(NamedTuple):
-    """A row on its way into the files, with what it is known by."""
-
-    id: bytes
-    exact_prompt: bytes
-    pair: bytes
-    prompt: bytes
-    conversation: bytes
-    rater: bytes
-    voters: bytes
-    words: bytes
-    votes: bytes
-    day: int
-    row: Row
-    label: Label
-    desirable: int
-
-
+_NOBODY = bytes(8)
 _NO_LABEL = Label(desirable=False, weight=0.0, rater=None, hlc=0, raters=[])
 
 

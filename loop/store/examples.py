@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from datetime import date
 from functools import lru_cache
 from itertools import starmap
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 from sqlalchemy import Engine, func, select
 
 from loop.events import ResponseLogged, decode_response
@@ -20,7 +21,7 @@ from loop.store.engine import reaching
 from loop.store.schema import examples
 
 
-class Example(NamedTuple):
+class Example(msgspec.Struct, frozen=True, gc=False):
     """One example, as it is stored."""
 
     response_id: str

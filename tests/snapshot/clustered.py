@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from loop.snapshot.near import band_keys, clusters, shingle_sets
-from loop.snapshot.prompts import asked
+from loop.snapshot.prompts import asked_words
 from loop.snapshot.split import hasher, units_of
 
 
 def asked_of(messages: list[dict[str, Any]]) -> str:
-    return asked([(message["role"], message["content"]) for message in messages])
+    return asked_words([(message["role"], message["content"]) for message in messages]).decode()
 
 
 def clusters_of(texts: list[str], similarity: float, salt: str = "salt") -> list[int]:
@@ -24,7 +24,7 @@ def clusters_of(texts: list[str], similarity: float, salt: str = "salt") -> list
     _, first, text_of = np.unique(units, return_index=True, return_inverse=True)
     shingles, sizes = shingle_sets([texts[n].encode() for n in first])
     starts = np.cumsum(sizes) - sizes
-    keys = band_keys(shingles, sizes, similarity).T
+    keys = band_keys(shingles, sizes, similarity)
 
     def sets_of(prompts: Any) -> Any:
         parts = [shingles[starts[n] : starts[n] + sizes[n]] for n in prompts]

@@ -19,7 +19,6 @@ from sqlalchemy import Engine, select, update
 from loop.log import NewRecord
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot import Snapshot, load_snapshot, make_snapshot
-from loop.snapshot.prompts import normal_words
 from loop.snapshot.split import hasher, units_of
 from loop.store import open_store, write
 from loop.store.schema import examples
@@ -113,7 +112,7 @@ def units(rows: list[dict[str, Any]], table: list[Any]) -> tuple[set[str], set[s
     return (
         {vote[0] for r in sources for vote in r["votes"]},
         {r["conversation"] for r in sources},
-        {" ".join(normal_words(asked_of(r["messages"]))) for r in sources},
+        {asked_of(r["messages"]) for r in sources},
     )
 
 
@@ -133,7 +132,7 @@ def test_nothing_of_a_held_out_unit_is_trained_on(drawn: list[dict[str, Any]]) -
 
 def prompt_is_held_out(prompt: str, rows: list[dict[str, Any]]) -> bool:
     """By the definition: the smallest unit of its cluster decides."""
-    texts = sorted({" ".join(normal_words(asked_of(r["messages"]))) for r in rows})
+    texts = sorted({asked_of(r["messages"]) for r in rows})
     clusters = clusters_of(texts, SETTINGS.near_duplicate_similarity, SETTINGS.salt)
     mine = clusters[texts.index(prompt)]
     units = [unit_of(SETTINGS.salt, "cluster", text) for text in texts]

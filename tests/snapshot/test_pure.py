@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loop.snapshot.balance import class_weights
 from loop.snapshot.curate import Vote, newest_within, settle
-from loop.snapshot.prompts import asked, message_text, normal_words
+from loop.snapshot.prompts import asked_words, message_text, normal_words
 from tests.snapshot.clustered import clusters_of
 
 amounts = st.floats(0.01, 1e6)
@@ -99,14 +99,14 @@ def test_a_prompt_is_its_last_user_turn() -> None:
     first = ("user", "Where is my parcel right now?")
     answer = ("assistant", "On its way.")
     second = ("user", "And when will it finally arrive?")
-    assert asked([system, first, answer, second]) == "And when will it finally arrive?"
-    assert asked([system, first]) == "Where is my parcel right now?"
+    assert asked_words([system, first, answer, second]) == b"and when will it finally arrive"
+    assert asked_words([system, first]) == b"where is my parcel right now"
 
 
 def test_short_turns_take_earlier_ones_along() -> None:
-    turns = [("user", text) for text in ("Shall I send the parcel back?", "Why?", "Yes!")]
-    assert asked(turns) == "Shall I send the parcel back?\nWhy?\nYes!"
-    assert asked([]) == ""
+    turns = [("user", text) for text in ("Is this lost?", "Shall I send the parcel back?", "…?", "Why?", "Yes!")]
+    assert asked_words(turns) == b"shall i send the parcel back why yes"
+    assert asked_words([]) == b""
 
 
 def test_a_messages_text_is_its_content_or_its_text_parts() -> None:
@@ -128,7 +128,7 @@ def bigrams(words: list[str]) -> set[tuple[str, str]]:
 @given(st.text(st.characters(max_codepoint=127)) | st.text("ab19_ -.\n"))
 def test_ascii_words_are_those_of_any_text(text: str) -> None:
     # A letter of another alphabet, as a word of its own, takes it out of the short way for ASCII.
-    assert normal_words(text) == normal_words(f"{text} я")[:-1]
+    assert normal_words(f"{text} я") == (normal_words(text) + " я".encode()).strip()
 
 
 def by_definition(texts: list[list[str]], similarity: float) -> list[int]:
