@@ -92,13 +92,13 @@ def _child(job: _Job, hash_seed: int) -> Iterator[subprocess.Popen[bytes]]:
     file = job.spool.with_suffix(".job")
     file.touch(mode=0o600)  # it may hold the store's password; the child removes it
     file.write_bytes(msgspec.json.encode(job, enc_hook=str))
+    python = ["env", f"PYTHONHASHSEED={hash_seed}", sys.executable]
     with job.spool.with_suffix(".log").open("wb") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "loop.child", "loop.snapshot.collect", str(file)],
+            [*python, "-m", "loop.child", "loop.snapshot.collect", str(file)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env=os.environ | {"PYTHONHASHSEED": str(hash_seed)},
         )
         try:
             yield child

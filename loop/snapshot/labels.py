@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from loop.snapshot.curate import Label
 from loop.snapshot.sorted_arrays import contains
-from loop.snapshot.split import RATER, hasher, units_of
+from loop.snapshot.split import RATER, units_of
 from loop.snapshot.spool import Spooled
 from loop.snapshot.write import string_lists, strings
 
@@ -32,7 +32,7 @@ class Labels:
         self.weight: npt.NDArray[np.float64] = rows.column("weight")
         self.hlc: npt.NDArray[np.int64] = rows.column("hlc")
         self.rater: npt.NDArray[np.uint64] = rows.column("rater")
-        self._hash = hasher(salt, RATER)
+        self._salt = salt
         self._file = path.open("w+b")
         self._set, self._ends = array("q"), array("q", [0])
 
@@ -48,7 +48,7 @@ class Labels:
         if label is None:
             return
         self.weight[row], self.hlc[row] = label.weight, label.hlc
-        self.rater[row] = 0 if label.rater is None else units_of([self._hash(label.rater.encode())])[0]
+        self.rater[row] = 0 if label.rater is None else units_of(self._salt, RATER, [label.rater.encode()])[0]
         self._set.append(row)
         self._ends.append(self._ends[-1] + self._file.write(_encode((label.rater, label.raters))))
 

@@ -98,7 +98,7 @@ def band_keys(shingles: U32, sizes: I64, similarity: float) -> U64:
         for row in range(rows):
             keys[:, part] = (keys[:, part] ^ least[:, row]) * _MIX
             keys[:, part] ^= keys[:, part] >> np.uint64(29)
-    return keys[:, np.argsort(order)]
+    return keys.take(np.argsort(order), axis=1)
 
 
 def count_bands(similarity: float) -> int:
@@ -107,7 +107,7 @@ def count_bands(similarity: float) -> int:
 
 
 def _min_hashes(shingles: U32, starts: I64, sizes: I64) -> U32:
-    """The least of each set's shingles under each permutation: [PERMUTATIONS, n]. No set is empty, and none larger than the
+    """The least of each set's shingles under each permutation: [PERMUTATIONS, n]. No set is empty, nor larger than the
     one before it.
 
     A permutation is x·a + b modulo 2^32, with odd a. First all sets' first shingles, then all their second ones, and so

@@ -10,7 +10,7 @@ units, so a new split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -33,23 +33,16 @@ _STORED = np.dtype("<u8")
 UNITS_A_ROW = 65_536
 
 
-def hasher(salt: str, kind: str) -> Callable[[bytes], bytes]:
-    """What makes 8 bytes of a name, to be turned into numbers many at a time by `units_of`."""
-    # Copying what has taken in salt and kind is cheaper than beginning anew a few times a row.
+def units_of(salt: str, kind: str, names: Iterable[bytes]) -> U64:
+    """The units of these names: 64-bit numbers, never 0, which stands for none."""
+    # Copying what has taken in salt and kind is cheaper than beginning anew for each.
     salted = blake2b(f"{kind}\0".encode(), key=blake2b(salt.encode()).digest(), digest_size=8)
-
-    def digest(name: bytes) -> bytes:
+    digests = []
+    for name in names:
         hashed = salted.copy()
         hashed.update(name)
-        return hashed.digest()
-
-    return digest
-
-
-def units_of(digests: Sequence[bytes]) -> U64:
-    """The units that these hashes are: 64-bit numbers, never 0, which stands for none."""
-    units = np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
-    return np.maximum(units, np.uint64(1))
+        digests.append(hashed.digest())
+    return np.maximum(np.frombuffer(b"".join(digests), ">u8").astype(np.uint64), np.uint64(1))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +27,7 @@ from loop.snapshot.curate import Label, Row, Vote
 from loop.snapshot.near import band_keys, count_bands, shingle_sets
 from loop.snapshot.prompts import asked_words
 from loop.snapshot.sorted_arrays import is_first
-from loop.snapshot.split import CLUSTER, CONVERSATION, RATER, hasher, units_of
+from loop.snapshot.split import CLUSTER, CONVERSATION, RATER, units_of
 from loop.snapshot.write import ROW_SCHEMA, row_batch
 
 U64 = npt.NDArray[np.uint64]
@@ -72,11 +72,11 @@ class Spool:
         self._similarity, self._ranges = similarity, ranges
         names = [*COLUMNS, *PIECES, ROWS, *(f"band_{n}" for n in range(count_bands(similarity)))]
         self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
-        kinds = ("example", CLUSTER, CONVERSATION, RATER)
-        self._id, self._cluster, self._conversation, self._rater = (hasher(salt, kind) for kind in kinds)
-        self._batch: list[tuple[Any, ...]] = []  # what `add` makes of a row, for `_flush`
+        self._salt = salt
+        self._batch: list[tuple[Row, Label | None, int]] = []
         self._batch_bytes = 0
         self._unwritten: list[tuple[U64, pa.RecordBatch]] = []
+        self._unwritten_bytes = 0
 
     def __enter__(self) -> Spool:
         return self
@@ -94,26 +94,7 @@ class Spool:
         """Append a row; `label` is what its own votes come to, `day` which of two rows is the later one, `size` about
         how many bytes of memory it takes.
         """
-        voters = {vote.who: self._rater(vote.who.encode()) for vote in row.votes if vote.named}
-        self._batch.append(
-            (
-                self._id(row.example_id.encode()),
-                self._cluster(words := asked_words(row.messages)),
-                self._conversation(row.conversation_id.encode()),
-                _NOBODY if label is None or label.rater is None else voters[label.rater],
-                b"".join(voters.values()),
-                # These two are compared within this snapshot only: Python's own hash is enough, and far sooner made.
-                hash(row.messages),
-                # Answers that read alike but were sampled as other tokens are one: people voted on what they read.
-                hash((row.messages, row.answer)),
-                words,
-                _encode_votes(row.votes),
-                day,
-                row,
-                label or _NO_LABEL,
-                -1 if label is None else label.desirable,
-            )
-        )
+        self._batch.append((row, label, day))
         self._batch_bytes += size
         if len(self._batch) == BATCH_ROWS or self._batch_bytes > BATCH_BYTES:
             self._flush()
@@ -122,38 +103,48 @@ class Spool:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
         if not batch:
             return
-        ids, prompts, conversations, raters, voters, exact_prompts, pairs, *others = zip(*batch, strict=True)
-        words, votes, days, rows, labels, desirable = others
+        rows, settled, days = zip(*batch, strict=True)
+        labels = [label or _NO_LABEL for label in settled]
+        words = [asked_words(row.messages) for row in rows]
+        voters = [[vote.who for vote in row.votes if vote.named] for row in rows]
+        voter_units = units_of(self._salt, RATER, [who.encode() for who in chain.from_iterable(voters)])
+        unit_of = dict(zip(chain.from_iterable(voters), voter_units.tolist(), strict=True))
+        votes = [_encode_votes(row.votes) for row in rows]
+        # These two are compared within a snapshot only, so Python's own hash does.
+        prompts = [hash(row.messages) for row in rows]
+        # Answers that read alike but were sampled as other tokens are one: people voted on what they read.
+        pairs = [hash((row.messages, row.answer)) for row in rows]
         columns: dict[str, Column] = {
-            "id": units_of(ids),
+            "id": units_of(self._salt, "example", [row.example_id.encode() for row in rows]),
             "day": np.array(days),
             "pair": np.array(pairs, np.int64).view(np.uint64),
-            "exact_prompt": np.array(exact_prompts, np.int64).view(np.uint64),
-            "prompt": units_of(prompts),
-            "conversation": units_of(conversations),
-            "rater": np.where([rater is not _NOBODY for rater in raters], units_of(raters), 0),
-            "voters": units_of(voters),
-            "voters_size": np.array(list(map(len, voters))) // 8,
+            "exact_prompt": np.array(prompts, np.int64).view(np.uint64),
+            "prompt": units_of(self._salt, CLUSTER, words),
+            "conversation": units_of(self._salt, CONVERSATION, [row.conversation_id.encode() for row in rows]),
+            "rater": np.array([unit_of[label.rater] if label.rater is not None else 0 for label in labels], np.uint64),
+            "voters": voter_units,
+            "voters_size": np.array(list(map(len, voters))),
             "votes": np.frombuffer(b"".join(votes), np.uint8),
             "votes_size": np.array(list(map(len, votes))),
-            "label": np.array(desirable, np.int8),
+            "label": np.array([-1 if label is None else label.desirable for label in settled]),
             "weight": np.array([label.weight for label in labels]),
             "hlc": np.array([label.hlc for label in labels]),
         }
         columns["set"], columns["set_size"] = shingle_sets(words)
         for name, values in columns.items():
-            values.astype(COLUMNS[name], copy=False).tofile(self._files[name])
+            self._files[name].write(values.astype(COLUMNS[name], copy=False).data)
         for n, keys in enumerate(band_keys(columns["set"], columns["set_size"], self._similarity)):
-            keys.tofile(self._files[f"band_{n}"])
+            self._files[f"band_{n}"].write(keys.data)
         self._unwritten.append((columns["id"], row_batch(rows, labels)))
-        if sum(rows.nbytes for _, rows in self._unwritten) > PIECES_BYTES:
+        self._unwritten_bytes += self._unwritten[-1][1].nbytes
+        if self._unwritten_bytes > PIECES_BYTES:
             self._write_rows()
 
     def _write_rows(self) -> None:
         if not self._unwritten:
             return
         ids, batches = zip(*self._unwritten, strict=True)
-        self._unwritten = []
+        self._unwritten, self._unwritten_bytes = [], 0
         ranges = range_of(np.concatenate(ids), self._ranges)
         order = np.argsort(ranges, kind="stable")
         rows = pa.concat_batches(batches).take(pa.array(order))
@@ -166,7 +157,6 @@ class Spool:
             self._files[ROWS].write(message)
 
 
-_NOBODY = bytes(8)
 _NO_LABEL = Label(desirable=False, weight=0.0, rater=None, hlc=0, raters=[])
 
 

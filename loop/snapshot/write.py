@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from loop.snapshot.curate import Label, Row
@@ -87,7 +86,7 @@ def _id_lists(texts: Sequence[bytes | None]) -> pa.Array:
     sizes = np.array([0 if text is None else text.count(b",") + 1 for text in texts])
     try:  # all at once: of a number each, they would take longest of all
         ids = np.fromstring(b",".join(known), np.int64, int(sizes.sum()), sep=",")
-        is_token = len(ids) == 0 or (0 <= ids.min() and ids.max() < 2**31)
+        is_token = len(ids) == 0 or (ids.min() >= 0 and ids.max() < 2**31)
     except ValueError:
         is_token = False
     if not is_token:

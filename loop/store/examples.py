@@ -59,7 +59,7 @@ _COPY_TYPES = ("text", "int4", "date", "text", "text", "int4", "int4", "text", "
 
 
 def stream_examples(
-    engine: Engine, since_day: date, *, part: int = 0, parts: int = 1, page_rows: int = 1_000
+    engine: Engine, since_day: date, *, part: int = 0, parts: int = 1, page_rows: int = 256
 ) -> Iterator[Example]:
     """Every example from `since_day` on, in memory for one page at most; of `parts` that are read side by side, one.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from loop.snapshot.near import band_keys, clusters, shingle_sets
 from loop.snapshot.prompts import asked_words
-from loop.snapshot.split import hasher, units_of
+from loop.snapshot.split import units_of
 
 
 def asked_of(messages: list[dict[str, Any]]) -> str:
@@ -19,8 +19,7 @@ def clusters_of(texts: list[str], similarity: float, salt: str = "salt") -> list
     """A number for each text; those of one cluster have the same."""
     if not texts:
         return []
-    hashed = hasher(salt, "cluster")
-    units = units_of([hashed(text.encode()) for text in texts])
+    units = units_of(salt, "cluster", [text.encode() for text in texts])
     _, first, text_of = np.unique(units, return_index=True, return_inverse=True)
     shingles, sizes = shingle_sets([texts[n].encode() for n in first])
     starts = np.cumsum(sizes) - sizes

@@ -19,7 +19,7 @@ from sqlalchemy import Engine, select, update
 from loop.log import NewRecord
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot import Snapshot, load_snapshot, make_snapshot
-from loop.snapshot.split import hasher, units_of
+from loop.snapshot.split import units_of
 from loop.store import open_store, write
 from loop.store.schema import examples
 from tests.join.traffic import START_MS, feedback, response, response_id
@@ -31,7 +31,7 @@ SETTINGS = SnapshotSettings(held_out_share=0.2)
 
 
 def unit_of(salt: str, kind: str, name: str) -> int:
-    return int(units_of([hasher(salt, kind)(name.encode())])[0])
+    return int(units_of(salt, kind, [name.encode()])[0])
 
 
 @contextmanager
