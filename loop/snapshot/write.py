@@ -86,10 +86,10 @@ def _id_lists(texts: Sequence[bytes | None]) -> pa.Array:
     sizes = np.array([0 if text is None else text.count(b",") + 1 for text in texts])
     try:  # all at once: of a number each, they would take longest of all
         ids = np.fromstring(b",".join(known), np.int64, int(sizes.sum()), sep=",")
-        is_token = len(ids) == 0 or (ids.min() >= 0 and ids.max() < 2**31)
+        are_tokens = len(ids) == sizes.sum() and bool(((ids >= 0) & (ids < 2**31)).all())
     except ValueError:
-        is_token = False
-    if not is_token:
+        are_tokens = False
+    if not are_tokens:
         raise ValueError("an example's token ids are not whole numbers from 0 to 2^31 - 1")
     mask = pa.array([text is None for text in texts])
     return pa.ListArray.from_arrays(_offsets(sizes), pa.array(ids.astype(np.int32)), mask=mask)
