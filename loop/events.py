@@ -242,6 +242,11 @@ def key_of_response_id(response_id: str) -> str:
     return match.group(1)
 
 
+def has_several_choices(response_id: str) -> bool:
+    """Whether the gateway that minted it was asked for several choices: then its UUID is of version 8."""
+    return response_id[UUID][14] == "8"
+
+
 def hash_rater(salt: bytes, rater: str) -> str:
     """The keyed hash under which a rater is stored; empty stays empty (the response's one anonymous rater)."""
     return (
@@ -249,11 +254,13 @@ def hash_rater(salt: bytes, rater: str) -> str:
     )  # 128 bits: no two raters meet by chance
 
 
-def uuid7(now_ms: int, take: Callable[[int], bytes] = os.urandom) -> str:
-    """A version 7 UUID (RFC 9562, section 5.7): 48 bits of milliseconds, then random ones."""
+def uuid7(now_ms: int, take: Callable[[int], bytes] = os.urandom, *, version: Literal[7, 8] = 7) -> str:
+    """A version 7 UUID (RFC 9562, section 5.7): 48 bits of milliseconds, then random ones; or one of version 8 (section
+    5.8), which is free to be the same.
+    """
     ms, rand = f"{now_ms & (1 << 48) - 1:012x}", take(10)
     tail = rand[2:].hex()
-    return f"{ms[:8]}-{ms[8:]}-7{rand[:2].hex()[1:]}-{'89ab'[rand[2] >> 6]}{tail[1:4]}-{tail[4:]}"
+    return f"{ms[:8]}-{ms[8:]}-{version}{rand[:2].hex()[1:]}-{'89ab'[rand[2] >> 6]}{tail[1:4]}-{tail[4:]}"
 
 
 class HybridClock:

@@ -27,6 +27,7 @@ from loop.events import (
     FeedbackGiven,
     FeedbackValue,
     encode,
+    has_several_choices,
     hash_rater,
     key_of_message_id,
     key_of_response_id,
@@ -217,7 +218,8 @@ def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> Fee
         key = key_of_response_id(response_id) if response_id is not None else key_of_message_id(vote.message_id or "")
     except ValueError as exc:
         raise Refusal(422, str(exc), param="response_id") from exc
-    if vote.choice_index is None and key in parts.with_choices:
+    has_several = key in parts.with_choices if response_id is None else has_several_choices(response_id)
+    if vote.choice_index is None and has_several:
         raise Refusal(422, "the response has several choices; say which one: choice_index", param="choice_index")
     source = vote.source or "explicit"
     weight = parts.implicit_weights.get(source, 0.0) if source in IMPLICIT_SOURCES else 1.0

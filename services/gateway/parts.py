@@ -64,7 +64,8 @@ class Parts:
         gateway = settings.gateway
         weights = {"regenerate": gateway.regenerate_weight, "copy": gateway.copy_weight, "edit": gateway.edit_weight}
         self.implicit_weights = {source: weight for source, weight in weights.items() if weight is not None}
-        # The keys of responses with several choices, the last response to each prompt, what each score was on.
+        # The keys of messages whose response has several choices, the last response to each prompt, what each score was
+        # on.
         self.with_choices: Recent[None] = Recent(_REMEMBERED)
         self.answered: Recent[str] = Recent(_REMEMBERED)
         self.scored: Recent[str] = Recent(_REMEMBERED)

@@ -128,7 +128,8 @@ async def _generate(request: web.Request, endpoint: Endpoint, caller: Caller, pa
     ask = read_ask(endpoint, request.headers, await read_body(request, parts.gateway.max_body_bytes), parts.rater_salt)
     parts.limit_rater(ask.rater or "")
     key = key_of_message_id(ask.message_id) if ask.message_id else random_key(parts.random.take)
-    response_id = f"{_ID_PREFIX[endpoint]}-{key}-{uuid7(started_at_ms, parts.random.take)}"
+    uuid = uuid7(started_at_ms, parts.random.take, version=8 if ask.choices > 1 else 7)
+    response_id = f"{_ID_PREFIX[endpoint]}-{key}-{uuid}"
     exchange = Exchange(ask, response_id, key, ask.model or parts.alias, started_at_ms, started_s)
     if SOURCE in parts.implicit_weights and (asked := prompt_key(ask)) is not None:
         vote_on_earlier(asked, response_id, ask.rater, parts)

@@ -49,7 +49,7 @@ async def relay(request: web.Request, answer: Answer, exchange: Exchange, parts:
     if is_captured:
         expiry_s = exchange.started_at_ms // 1000 + parts.gateway.token_ttl_s
         headers[FEEDBACK_TOKEN] = parts.signer.sign(Claim(exchange.response_id, ask.rater or ""), expiry_s)
-        if ask.choices > 1:
+        if ask.choices > 1 and ask.message_id is not None:
             parts.with_choices.put(exchange.key, None)
     # What the app did not ask for was asked for by us, in `Ask.upstream_body`.
     rename = _rename(exchange.adapter, exchange.shown_model, is_captured and not ask.wants_token_ids)

@@ -322,6 +322,13 @@ async def test_of_several_choices_a_vote_names_one(gateway: Gateway) -> None:
     assert (await vote(gateway, value="up", response_id=body["id"]))[0] == 202
 
 
+async def test_another_process_knows_of_the_choices_too(start: StartGateway) -> None:
+    one, other = await start(), await start()
+    _, body, _ = await one.chat(n=2)
+    assert (await vote(other, value="up", response_id=body["id"]))[0] == 422
+    assert (await vote(other, value="up", response_id=body["id"], choice_index=1))[0] == 202
+
+
 async def test_what_an_app_concludes_weighs_what_the_settings_say(start: StartGateway) -> None:
     gateway = await start(copy_weight=0.25)
     assert (await vote(gateway, message_id="m", value="up", source="copy"))[0] == 202
