@@ -189,6 +189,7 @@ class RealPostgres:
     user: str
     port: int = field(default_factory=free_port)
     fsync: bool = False
+    max_wal_size: str = "1GB"  # Postgres' default
     crash: ClassVar = {"mode": "immediate"}
 
     def new_store(self) -> StoreSettings:
@@ -207,7 +208,7 @@ class RealPostgres:
             # C: this cluster's databases are thrown away, and no test needs a language's order.
             self._run("initdb", "-A", "trust", "-U", "thumbwheel", "--no-locale", "-E", "UTF8", "--no-sync")
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
-        options += f" -c fsync={str(self.fsync).lower()}"
+        options += f" -c fsync={str(self.fsync).lower()} -c max_wal_size={self.max_wal_size}"
         self._run(
             "pg_ctl", "-w", "-t", f"{START_S:.0f}", "-l", str(self.folder / "postgres.log"), "-o", options, "start"
         )
@@ -240,7 +241,7 @@ def postgres_binaries() -> Path | None:
 
 
 @contextmanager
-def running_postgres(binaries: Path, *, fsync: bool = False) -> Iterator[RealPostgres]:
+def running_postgres(binaries: Path, *, fsync: bool = False, max_wal_size: str = "1GB") -> Iterator[RealPostgres]:
     """A cluster of its own, gone at the end."""
     users = {user.pw_name for user in pwd.getpwall()}
     user = next((name for name in ("postgres", "nobody") if name in users), "nobody")
@@ -248,7 +249,7 @@ def running_postgres(binaries: Path, *, fsync: bool = False) -> Iterator[RealPos
     try:
         if os.getuid() == 0:
             shutil.chown(folder, user)
-        cluster = RealPostgres(binaries, folder, user, fsync=fsync)
+        cluster = RealPostgres(binaries, folder, user, fsync=fsync, max_wal_size=max_wal_size)
         cluster.start()
         yield cluster
         cluster.stop("immediate")

@@ -103,7 +103,10 @@ def kafka_and_postgres() -> Iterator[NewSettings]:
     home, binaries = kafka_home(), postgres_binaries()
     if home is None or binaries is None:
         raise SystemExit("expected KAFKA_HOME to be an unpacked Apache Kafka, with Java on the PATH, and a Postgres")
-    with tempfile.TemporaryDirectory() as folder, running_postgres(binaries, fsync=True) as postgres:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_postgres(binaries, fsync=True, max_wal_size="8GB") as postgres,  # as in deploy/compose.yaml
+    ):
         broker = RealKafka(home, Path(folder))
         broker.start()
         try:
