@@ -9,13 +9,14 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import uvloop
 from aiohttp import web
+from aiohttp.hdrs import ORIGIN
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.log import server_logger
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
@@ -53,7 +54,7 @@ def create_app(settings: Settings) -> web.Application:
     app = web.Application(client_max_size=settings.gateway.max_body_bytes)
     app.cleanup_ctx.append(_parts(settings))
     if settings.gateway.cors_origins:
-        app.on_response_prepare.append(_allow_origin(frozenset(settings.gateway.cors_origins)))
+        app.on_response_prepare.append(_allow_origin)
     app.add_routes(
         [
             web.post("/v1/chat/completions", chat_completions),
@@ -119,9 +120,8 @@ async def thumbs(_: web.Request) -> web.Response:
 
 async def preflight(request: web.Request) -> web.Response:
     """OPTIONS: what a browser asks before it calls from another origin."""
-    settings = request.app[PARTS].gateway
-    origin = request.headers.get("Origin", "")
-    if not {origin, "*"} & set(settings.cors_origins):
+    origin = request.headers.get(ORIGIN, "")
+    if not request.app[PARTS].allows(origin):
         raise Refusal(403, f"origin {origin[:120]!r} may not call; gateway.cors_origins names those that may")
     return web.Response(
         status=204,
@@ -260,14 +260,9 @@ def _is_our_fault(record: logging.LogRecord) -> bool:
     return False
 
 
-def _allow_origin(
-    origins: frozenset[str],
-) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
-    async def allow(request: web.Request, response: web.StreamResponse) -> None:
-        origin = request.headers.get("Origin")
-        if origin is not None and not origins.isdisjoint((origin, "*")):
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = f"{RESPONSE_ID}, {FEEDBACK_TOKEN}, Retry-After"
-            response.headers["Vary"] = "Origin"
-
-    return allow
+async def _allow_origin(request: web.Request, response: web.StreamResponse) -> None:
+    origin = request.headers.get(ORIGIN)
+    if origin is not None and request.app[PARTS].allows(origin):
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Expose-Headers"] = f"{RESPONSE_ID}, {FEEDBACK_TOKEN}, Retry-After"
+        response.headers["Vary"] = "Origin"

@@ -111,12 +111,16 @@ class Parts:
             self._limit_key(caller)
         return caller
 
+    def allows(self, origin: str) -> bool:
+        """Whether pages of this origin may call."""
+        return not {origin, "*"}.isdisjoint(self.gateway.cors_origins)
+
     def _is_foreign(self, request: web.Request) -> bool:
         """Whether another site's page sends this. A browser lets every page post to this machine, and only keeps the
         answer from it; so where no key is asked for, the page that a user is on could teach his model.
         """
         origin = request.headers.get(ORIGIN)
-        return origin is not None and not {origin, "*"} & set(self.gateway.cors_origins)
+        return origin is not None and not self.allows(origin)
 
     def check_scope(self, caller: Caller, scope: Scope) -> None:
         """Raises Refusal 403."""
