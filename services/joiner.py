@@ -40,7 +40,7 @@ from loop.log.open import open_log
 from loop.settings import Settings
 from loop.store import open_store
 from loop.store.dead_letters import send_dead_letters
-from loop.store.engine import StoreUnavailableError, reaching
+from loop.store.engine import StoreUnavailableError, checkpoint, reaching
 from loop.store.joining import (
     Applied,
     Offsets,
@@ -65,6 +65,7 @@ COLLECT_EVERY = 100_000
 # What is nested so deep that those who read the store, with Python's limit of 1000, could not, is a dead letter.
 RECURSION_LIMIT = 850
 SQLITE_TRANSACTION_S = 0.05  # other writers of the file wait for ours
+CHECKPOINT_EVENTS = 2_000  # some megabytes; SQLite does it by itself after 32
 MIN_BATCH_EVENTS = 500  # below, the cost of a transaction outweighs that of its events
 T = TypeVar("T")
 
@@ -132,6 +133,7 @@ class Joiner:
         self._max_events = settings.joiner.batch_events
         self._has_letters = True  # an earlier process may have left some
         self._commit_at = self._look_at = 0.0
+        self._since_checkpoint = 0
         self._thread = ThreadPoolExecutor(1, "joining")
 
     @property
@@ -190,6 +192,7 @@ class Joiner:
             self._next |= ends
             if self._store.dialect.name == "sqlite":
                 self._finish()
+                self._checkpoint(len(records))
         if time.monotonic() > self._commit_at:
             self._commit_at = time.monotonic() + COMMIT_EVERY_S
             self._commit(consumer)
@@ -198,6 +201,15 @@ class Joiner:
             self._show_gauges()
             if self._next and self._events.identity() != self._reader.log_id:
                 raise PositionMovedError("the log's topics were made anew")
+
+    def _checkpoint(self, joined: int) -> None:
+        """Have SQLite's journal moved into its file while the next batch is read: in the transaction, it would take a
+        fifth of it.
+        """
+        self._since_checkpoint += joined
+        if self._since_checkpoint >= CHECKPOINT_EVENTS:
+            self._since_checkpoint = 0
+            self._thread.submit(checkpoint, self._store)
 
     def _finish(self) -> None:
         """Wait for the batch in hand. Raises what its transaction raised; it is out of hand either way."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,14 @@ def write(engine: Engine) -> Iterator[Connection]:
             if engine.dialect.name == "postgresql":
                 connection.execute(_LOCAL_SETTINGS)
             yield connection
+
+
+def checkpoint(engine: Engine) -> None:
+    """Move what was committed from SQLite's journal into its file. It holds up nobody, and what it cannot do now, a
+    later commit or checkpoint does.
+    """
+    with suppress(OperationalError, sqlite3.OperationalError), closing(engine.raw_connection()) as connection:
+        connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
 def _open_sqlite(url: URL) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -26,6 +27,7 @@ from loop.store.dead_letters import (
     replay_dead_letters,
     send_dead_letters,
 )
+from loop.store.engine import checkpoint
 from loop.store.examples import count_labels, has_more_examples, stream_examples
 from loop.store.joining import (
     Offsets,
@@ -361,6 +363,19 @@ def test_examples_stream_in_parts_and_are_counted(store: Engine) -> None:
 def test_ids_are_turned_and_back(id: str) -> None:
     assert turn_back(turn(id)) == id
     assert len(turn(id)) == len(id)
+
+
+def test_a_checkpoint_beside_a_writer_moves_what_was_joined_into_the_file(tmp_path: Path) -> None:
+    store = open_store(StoreSettings(url=SecretStr(f"sqlite:///{tmp_path}/store.db")))
+    apply(store, READER, batch_of(response(ID)), {})
+    with write(store):
+        checkpoint(store)
+        shutil.copy(tmp_path / "store.db", tmp_path / "without_journal.db")
+    store.dispose()
+    alone = open_store(StoreSettings(url=SecretStr(f"sqlite:///{tmp_path}/without_journal.db")))
+    with alone.connect() as connection:
+        assert connection.execute(select(func.count()).select_from(responses)).scalar_one() == 1
+    alone.dispose()
 
 
 def test_a_store_of_another_kind_is_refused(tmp_path: Path) -> None:
