@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -29,16 +29,18 @@ FeedbackValue = Literal["up", "down", "retract"]
 # What an app or the gateway concludes from what a user does: weak, and behind what the same rater says himself.
 IMPLICIT_SOURCES = frozenset({"regenerate", "copy", "edit"})
 # What the store keeps in columns is bounded here, so that an event which no store could hold breaks the contract.
-_NO_NUL = r"^[^\x00]*$"  # Postgres' text holds every character but this one
-Id = Annotated[str, msgspec.Meta(max_length=256, pattern=_NO_NUL)]
+# Postgres' text holds every character but NUL. That is said here, and checked in `_checked`: a regular expression for
+# each of these strings took a fifth of the time.
+_NO_NUL = {"pattern": r"^[^\x00]*$"}
+Id = Annotated[str, msgspec.Meta(max_length=256, extra_json_schema=_NO_NUL)]
 ResponseId = Annotated[str, msgspec.Meta(max_length=80, pattern=_RESPONSE_ID.pattern)]
 Key = Annotated[str, msgspec.Meta(max_length=16, pattern=r"^[0-9a-f]{16}$")]
-Name = Annotated[str, msgspec.Meta(max_length=160, pattern=_NO_NUL)]
-ShortName = Annotated[str, msgspec.Meta(max_length=64, pattern=_NO_NUL)]
-Arm = Annotated[str, msgspec.Meta(max_length=16, pattern=_NO_NUL)]
+Name = Annotated[str, msgspec.Meta(max_length=160, extra_json_schema=_NO_NUL)]
+ShortName = Annotated[str, msgspec.Meta(max_length=64, extra_json_schema=_NO_NUL)]
+Arm = Annotated[str, msgspec.Meta(max_length=16, extra_json_schema=_NO_NUL)]
 Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 Stamp = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-Text = Annotated[str, msgspec.Meta(pattern=_NO_NUL)]
+Text = Annotated[str, msgspec.Meta(extra_json_schema=_NO_NUL)]
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, lt=4_102_444_800_000)]  # until 2100
 
 
@@ -146,6 +148,14 @@ class FeedbackEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     data: FeedbackGiven
 
 
+def _is_without_nul(type_: Any) -> bool:
+    return getattr(type_, "extra_json_schema", None) == _NO_NUL or any(map(_is_without_nul, get_args(type_)))
+
+
+_WITHOUT_NUL = {
+    struct: [field.name for field in msgspec.structs.fields(struct) if _is_without_nul(field.type)]
+    for struct in (ResponseEvent, ResponseLogged, FeedbackEvent, FeedbackGiven)
+}
 _encoder = msgspec.json.Encoder()
 _response_decoder = msgspec.json.Decoder(ResponseEvent)
 _feedback_decoder = msgspec.json.Decoder(FeedbackEvent)
@@ -195,6 +205,10 @@ def _checked(decoder: msgspec.json.Decoder[Any], expected_type: str, value: byte
         raise EventError(str(exc)) from exc
     if envelope.type != expected_type:
         raise EventError(f"type is {envelope.type!r}, expected {expected_type!r} on this topic")
+    if b"\\u0000" in value:  # JSON's only form of it
+        for part, at in ((envelope, "$"), (envelope.data, "$.data")):
+            if broken := [name for name in _WITHOUT_NUL[type(part)] if "\0" in (getattr(part, name) or "")]:
+                raise EventError(f"Expected `str` without NUL - at `{at}.{broken[0]}`")
     return envelope
 
 

@@ -121,7 +121,9 @@ BROKEN = {
     "an unknown value": (FEEDBACK, feedback("f", "sideways", 1, response_id=ID).value, "sideways"),
     "a stamp below zero": (FEEDBACK, feedback("f", "up", -1, response_id=ID).value, r"data\.hlc"),
     "an id that no column holds": (FEEDBACK, feedback("f" * 300, "up", 1, response_id=ID).value, r"length <= 256"),
-    "a character that Postgres does not hold": (FEEDBACK, feedback("\0", "up", 1, response_id=ID).value, "regex"),
+    "a character that Postgres does not hold": (
+        FEEDBACK, feedback("\0", "up", 1, response_id=ID).value, "NUL.*data.feedback_id"
+    ),
     "a correction that Postgres does not hold": (
         FEEDBACK, feedback("f", "up", 1, response_id=ID, correction="a\0").value, r"data\.correction"
     ),
