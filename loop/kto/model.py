@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from loop.kto.artifacts import ADAPTER_CONFIG
 from loop.kto.attention import PACKED_ATTENTION
 from loop.kto.layers import replace_layers, speed_up_lora
+from loop.memory import keep_freed_memory
 from loop.settings import TrainSettings
 
 Quantization = Literal["nf4", "none"]
 logger = logging.getLogger(__name__)
 
-# mallopt(3): what activations take comes from the heap, and the heap's end is not given back. Else every step takes its
-# memory from the system anew, page by page: 5 % of its time.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD = -1, -3, 32 << 20
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -52,7 +48,7 @@ def load_base(model_dir: Path, quantization: Quantization, dtype: str) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch_dtype,
         )
-    _keep_freed_memory()
+    keep_freed_memory()
     model = AutoModelForCausalLM.from_pretrained(model_dir, local_files_only=True, **arguments)
     if why := _why_unpackable(model):
         logger.warning(
@@ -147,13 +143,6 @@ def _lora_dropout_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module in dropouts:
             module.train()
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc, where it is the process' allocator, hold on to what is freed."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _check_model_dir(model_dir: Path) -> None:

@@ -22,6 +22,7 @@ import pyarrow as pa
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
+from loop.memory import keep_freed_memory
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot.curate import STEPS, settle, to_rows
 from loop.snapshot.spool import Spool
@@ -123,6 +124,7 @@ def _main(file: Path) -> None:
     job = msgspec.json.decode(file.read_bytes(), type=_Job, dec_hook=lambda _, path: Path(path))
     file.unlink()
     gc.disable()  # what is made for a row is gone with it: nothing to look for
+    keep_freed_memory()
     pa.set_memory_pool(pa.system_memory_pool())  # which gives back what it does not need: half of the process's memory
     try:
         engine = open_store(StoreSettings(url=SecretStr(job.url)))

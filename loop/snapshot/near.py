@@ -12,6 +12,7 @@ A bigram is a number of 32 bits: that two of one pair of prompts meet by chance 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,8 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(32)
 _BASE = 0xD6E8FEB86659FD93
 _TEXTS_AT_ONCE = 512
-"""So that what is worked on stays in a core's cache."""
+_BYTES_AT_ONCE = 1 << 18
+"""So that what is worked on, 40 bytes for each of a text's, stays in a core's cache."""
 _SHINGLES_AT_ONCE = 128
 _PAIRS_AT_ONCE = 100_000
 _ENTRIES_AT_ONCE = 500_000
@@ -46,8 +48,7 @@ def shingle_sets(texts: Sequence[bytes]) -> tuple[U32, I64]:
     of a single one.
     """
     flat, sizes = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
-    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
-        part = texts[begin : begin + _TEXTS_AT_ONCE]
+    for part in _parts(texts):
         owners, bigrams = _bigrams(b"".join([b"^ %b $\n" % text for text in part]))
         keys = owners << _SHIFT | bigrams
         keys.sort()
@@ -57,25 +58,40 @@ def shingle_sets(texts: Sequence[bytes]) -> tuple[U32, I64]:
     return np.concatenate(flat), np.concatenate(sizes)
 
 
+def _parts(texts: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    begin = size = 0
+    for end, text in enumerate(texts):
+        if end - begin == _TEXTS_AT_ONCE or size >= _BYTES_AT_ONCE:
+            yield texts[begin:end]
+            begin, size = end, 0
+        size += len(text)
+    if begin < len(texts):
+        yield texts[begin:]
+
+
 def _bigrams(lines: bytes) -> tuple[U64, U64]:
     """(line, hash of two words that follow each other) of every line's words: [total], [total]."""
     raw = np.frombuffer(lines, np.uint8)
     ends = np.flatnonzero(raw <= ord(" "))
     starts = np.concatenate([[0], ends[:-1] + 1])
     # A word's hash is a polynomial of its bytes, taken from sums over all bytes: Σ byte·base^place, moved to place 0.
-    powers = np.full(len(raw) + 1, _BASE, np.uint64)
-    powers[0] = 1
-    np.cumprod(powers, out=powers)
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(raw * powers[:-1], dtype=np.uint64)])
-    inverse = np.full(len(raw) + 1, pow(_BASE, -1, 1 << 64), np.uint64)
-    inverse[0] = 1
-    np.cumprod(inverse, out=inverse)
+    powers, inverse = _powers((len(raw) + 1).bit_length())
+    sums = np.zeros(len(raw) + 1, np.uint64)
+    np.cumsum(raw * powers[: len(raw)], out=sums[1:])
     words = _mixed((sums[ends] - sums[starts]) * inverse[starts])
     is_last = raw[ends] == ord("\n")
     line = np.cumsum(is_last) - is_last
     inside = ~is_last[:-1]
     bigrams = _mixed((words[:-1] * _MIX) ^ words[1:])[inside]
     return line[:-1][inside].astype(np.uint64), bigrams >> _SHIFT
+
+
+@lru_cache(maxsize=4)
+def _powers(bits: int) -> tuple[U64, U64]:
+    """The first 2^bits powers of _BASE, and of its inverse modulo 2^64."""
+    powers = np.ones((2, 1 << bits), np.uint64)
+    powers[:, 1:] = np.array([[_BASE], [pow(_BASE, -1, 1 << 64)]], np.uint64)
+    return tuple(np.cumprod(powers, axis=1))
 
 
 def _mixed(values: U64) -> U64:
