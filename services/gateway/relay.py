@@ -74,8 +74,15 @@ def _rename(adapter: str, shown: str, strip_token_ids: bool) -> Rename:
 
 
 def relayed_headers(answer: Answer) -> CIMultiDict[str]:
-    """The engine's headers for the app; cross-origin rules are the gateway's own."""
-    return CIMultiDict([header for header in answer.headers if _is_passed_on(header[0])])
+    """The engine's headers for the app, without those of its connection (RFC 9110, section 7.6.1); cross-origin rules
+    are the gateway's own.
+    """
+    relayed = CIMultiDict([header for header in answer.headers if _is_passed_on(header[0])])
+    for name, value in answer.headers:
+        if name.lower() == "connection":
+            for named in value.split(","):
+                relayed.popall(named.strip(), None)
+    return relayed
 
 
 @functools.lru_cache(maxsize=1024)

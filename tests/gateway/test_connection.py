@@ -22,6 +22,7 @@ from loop.settings import EngineSettings
 from services.gateway.connection import Connection, GarbageError
 from services.gateway.engines import Engines
 from services.gateway.errors import Refusal
+from services.gateway.relay import relayed_headers
 from tests.gateway.conftest import PATIENCE_S
 
 HEAD = b"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
@@ -314,4 +315,13 @@ async def test_an_engine_behind_tls_is_reached_where_its_certificate_is_trusted(
         for _ in range(2):
             with await engines.post("/v1/x", b"{}", {}) as answer:
                 assert answer.first == b"hello"
+        engines.close()
+
+
+async def test_headers_of_the_engines_connection_end_there() -> None:
+    head = b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Hop\r\nX-Hop: 1\r\nX-Kept: 2\r\nContent-Length: 2\r\n\r\n{}"
+    async with engine(saying(head)) as url, asyncio.timeout(PATIENCE_S):
+        engines = Engines(EngineSettings(urls=[url]))
+        with await engines.post("/v1/x", b"{}", {}) as answer:
+            assert list(relayed_headers(answer)) == ["X-Kept"]
         engines.close()
