@@ -59,12 +59,9 @@ def main() -> None:
     for on in options.on:
         with tempfile.TemporaryDirectory() as folder, STORES[on](Path(folder)) as settings:
             event_bytes = fill(settings, options.examples)
-            figures = measure(settings, Path(folder))
-            again = measure(settings, Path(folder))
-            for line in (figures, again | {"bench": "snapshot again"}):
-                print(
-                    json.dumps({"bench": "snapshot", "on": on, "event_bytes": round(event_bytes), **line}), flush=True
-                )
+            for bench in ("snapshot", "snapshot again"):
+                line = {"bench": bench, "on": on, "event_bytes": round(event_bytes)}
+                print(json.dumps(line | measure(settings, Path(folder))), flush=True)
 
 
 @contextmanager
