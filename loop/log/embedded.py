@@ -22,9 +22,20 @@ from itertools import chain
 from pathlib import Path
 
 from loop.log import LogUnavailableError, NewRecord, Record
-from loop.log.file import NEXT_ID, OFFSET_BITS, next_id, open_file, read_slot, sync_folder, transaction, unavailable
+from loop.log.file import (
+    BUSY_TIMEOUT_S,
+    NEXT_ID,
+    OFFSET_BITS,
+    next_id,
+    open_file,
+    read_slot,
+    sync_folder,
+    transaction,
+    unavailable,
+)
 from loop.log.groups import GroupConsumer
 from loop.log.partition import partition_of
+from loop.sqlite import empty_journal
 
 _INSERT = "INSERT INTO records (id, timestamp_ms, key, headers, value) VALUES "
 _ROW = "(?, ?, ?, ?, ?)"
@@ -221,7 +232,7 @@ class EmbeddedLog:
                     connection.executemany("DELETE FROM records WHERE id = ?", found)
                 erased += len(found)
         with self._lock, unavailable(self.path):
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            empty_journal(self._connection, BUSY_TIMEOUT_S)
         return erased
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ joined before is found by the erasing that follows. Killed anywhere and called a
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -13,8 +14,9 @@ from sqlalchemy import Engine, delete, select, text, tuple_
 
 from loop.erasure import Erased, Kind
 from loop.events import decode_response
+from loop.sqlite import empty_journal
 from loop.store.bulk import Bulk, open_bulk
-from loop.store.engine import write
+from loop.store.engine import BUSY_TIMEOUT_S, reaching, write
 from loop.store.joining import take_out_responses, take_out_votes
 from loop.store.schema import dead_letters, erasures
 
@@ -38,8 +40,9 @@ def erase(engine: Engine, kind: Kind, subject: str, now_ms: int) -> dict[str, in
             votes += found
     letters = _delete_dead_letters(engine)
     if engine.dialect.name == "sqlite":  # the log of changes has what they were
-        with closing(engine.raw_connection()) as connection:
-            connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with reaching(engine), closing(engine.raw_connection()) as connection:
+            assert isinstance(connection.driver_connection, sqlite3.Connection)
+            empty_journal(connection.driver_connection, BUSY_TIMEOUT_S)
     return {"responses": responses, "votes": votes, "dead_letters": letters}
 
 
