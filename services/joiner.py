@@ -203,8 +203,8 @@ class Joiner:
                 raise PositionMovedError("the log's topics were made anew")
 
     def _checkpoint(self, joined: int) -> None:
-        """Have SQLite's journal moved into its file while the next batch is read: in the transaction, it would take a
-        fifth of it.
+        """Have SQLite's journal moved into its file while the next batch is read: in the transaction, it took a quarter
+        of its time.
         """
         self._since_checkpoint += joined
         if self._since_checkpoint >= CHECKPOINT_EVENTS:
