@@ -118,6 +118,9 @@ class FeedbackGiven(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tru
     """The app's own message id, or the form of `message_digest`, instead of a response_id: means the last
     response under it."""
     choice_index: Index = 0
+    names_choice: bool = True
+    """False where the voter, who knows the app's message id alone, named no choice: then the vote is on the only one,
+    and of several on none."""
     rater: ShortName = ""
     """Keyed hash of the rater; empty where the app names none (then the response has one anonymous rater)."""
     weight: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 1.0

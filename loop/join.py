@@ -9,6 +9,7 @@ The rule, whatever the order of arrival:
   compared by their digest, which is all that some voters know.
 - Of one rater's votes on one choice of a response the last one counts (hlc, event id, feedback_id); `retract` takes
   the rater's vote away. Votes that name no rater are those of one anonymous rater.
+- A vote that names no choice is on the only one that the response has; where there are several, on none.
 - What a rater says goes before what is concluded from what he does: a vote of an implicit source counts only where the
   rater has given no other, not even a retraction. It is weighed, but it is no thumb: `up` and `down` leave it out.
 - A choice with at least one standing vote is an example; an aborted response makes none.
@@ -34,6 +35,8 @@ from loop.events import (
     message_digest,
 )
 from loop.log import Record
+
+ONLY_CHOICE = -1  # a vote's `choice_index` where it names none
 
 
 class Response(NamedTuple):
@@ -178,7 +181,7 @@ def read_vote(event: FeedbackEvent) -> Vote:
         feedback_id=data.feedback_id,
         response_id=data.response_id,
         message_id=message_id,
-        choice_index=data.choice_index,
+        choice_index=data.choice_index if data.names_choice else ONLY_CHOICE,
         rater=data.rater,
         value=data.value,
         weight=data.weight,
@@ -208,19 +211,18 @@ def last_response(responses: Iterable[Response]) -> Response:
 
 def join(response: Response, votes: Iterable[Vote], event: bytes) -> list[Joined]:
     """The examples of a response, given all votes that mean it. `event` is the response's own event."""
-    last: dict[tuple[int, str], Vote] = {}
-    for vote in sorted(votes, key=lambda vote: (vote.is_thumb, vote.hlc, vote.event_id, vote.feedback_id)):
-        last[vote.choice_index, vote.rater] = vote
-    standing: dict[int, list[Vote]] = {}
-    for (choice_index, _), vote in sorted(last.items()):
-        if vote.value != "retract":
-            standing.setdefault(choice_index, []).append(vote)
-    if not standing:
-        return []
     data = decode_response(event).data
     if data.aborted:
         return []
     served = {choice.index for choice in data.choices}
+    only = min(served) if len(served) == 1 else ONLY_CHOICE
+    last: dict[tuple[int, str], Vote] = {}
+    for vote in sorted(votes, key=lambda vote: (vote.is_thumb, vote.hlc, vote.event_id, vote.feedback_id)):
+        last[only if vote.choice_index == ONLY_CHOICE else vote.choice_index, vote.rater] = vote
+    standing: dict[int, list[Vote]] = {}
+    for (choice_index, _), vote in sorted(last.items()):
+        if vote.value != "retract":
+            standing.setdefault(choice_index, []).append(vote)
     return [
         Joined(
             response_id=response.response_id,

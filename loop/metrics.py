@@ -61,6 +61,9 @@ joiner_unseen_partitions = Gauge(
 )
 joiner_up = Gauge("thumbwheel_joiner_up", "Whether log and store answered when last asked.", ["part"])
 joiner_votes = Counter("thumbwheel_joiner_votes", "New votes, by value.", ["value"])
+joiner_unclear_votes = Counter(
+    "thumbwheel_joiner_unclear_votes", "Votes that name none of a response's several choices: they make no example."
+)
 joiner_unstored_votes = Counter(
     "thumbwheel_joiner_unstored_votes", "Votes on responses that were not to be stored: they make no example."
 )

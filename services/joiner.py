@@ -327,6 +327,7 @@ class Joiner:
         for vote in applied.votes:
             metrics.joiner_votes.labels(vote.value).inc()
         metrics.joiner_unstored_votes.inc(applied.unstored)
+        metrics.joiner_unclear_votes.inc(applied.unclear)
         for letter in batch.dead_letters:
             where = {"topic": letter.topic, "partition": letter.partition, "offset": letter.offset}
             log.warning("dead letter: %s", letter.reason, extra={"action": "joiner_dead_letter", **where})

@@ -81,6 +81,7 @@ FULL = {
             response_id=ID,
             message_id="m",
             choice_index=1,
+            names_choice=False,
             rater="r",
             weight=0.5,
             source="implicit",

@@ -19,6 +19,7 @@ from sqlalchemy import Engine, func, select
 from loop.erasure import Erased
 from loop.events import KEY, UUID, decode_response
 from loop.join import (
+    ONLY_CHOICE,
     Batch,
     DeadLetter,
     Joined,
@@ -58,6 +59,8 @@ class Applied:
     """Later versions of responses that are there already: they change nothing."""
     unstored: int
     """Votes that have met a response which was not to be stored: they make no example."""
+    unclear: int
+    """Votes that have met a response of several choices and name none of them: they make no example either."""
 
 
 class Reader(NamedTuple):
@@ -112,9 +115,9 @@ def apply(engine: Engine, reader: Reader, prepared: Prepared, spans: Mapping[int
             added, replaced, inserted, stale = _add_responses(bulk, batch, left_out)
             changed, displaced = _add_votes(bulk, batch.votes)
             # 5. What the facts mean, for the responses that something new says something about.
-            unstored = _rejoin(bulk, batch, added, replaced, [*changed, *displaced])
+            unstored, unclear = _rejoin(bulk, batch, added, replaced, [*changed, *displaced])
             bulk.insert(dead_letters, [_dead_row(letter, reader.log_id) for letter in batch.dead_letters])
-    return Applied(inserted, changed, stale, unstored)
+    return Applied(inserted, changed, stale, unstored, unclear)
 
 
 def start_positions(engine: Engine, reader: Reader, partitions: Iterable[int]) -> dict[int, Offsets]:
@@ -263,9 +266,9 @@ def _add_votes(bulk: Bulk, arrived: Mapping[tuple[str, str], Vote]) -> tuple[lis
 
 def _rejoin(
     bulk: Bulk, batch: Batch, added: Iterable[Response], replaced: Collection[Response], moved: Iterable[Vote]
-) -> int:
+) -> tuple[int, int]:
     """Make the examples anew of every response that a new response or a changed vote bears on; returns how many votes
-    have met one that was not to be stored.
+    have met one that was not to be stored, and how many one of whose several choices they name none.
     """
     ids = {r.response_id for r in added} | {v.response_id for v in moved if v.response_id}
     messages = {r.message_id for r in (*added, *replaced) if r.message_id}
@@ -283,6 +286,8 @@ def _rejoin(
     standing = _votes_on(bulk, touched, under.values(), voted)
     events = _events(bulk, batch, [response for id, response in touched.items() if standing[id]])
     unstored = _new_votes(bulk, [vote for id, event in events.items() if _is_unstored(event) for vote in standing[id]])
+    nameless = ((vote, events[id]) for id in events for vote in standing[id] if vote.choice_index == ONLY_CHOICE)
+    unclear = _new_votes(bulk, [vote for vote, event in nameless if len(decode_response(event).data.choices) > 1])
     _mark_pending(bulk, set(touched), voted, {response.message_id for response in under.values()})
     joined = [example for id, event in events.items() for example in join(touched[id], standing[id], event)]
     keys = {(example.response_id, example.choice_index) for example in joined}
@@ -291,7 +296,7 @@ def _rejoin(
         "DELETE FROM examples WHERE response_id = ? AND choice_index = ?", [row for row in stood if row not in keys]
     )
     bulk.upsert(examples, [_example_row(example) for example in joined])
-    return unstored
+    return unstored, unclear
 
 
 def _new_votes(bulk: Bulk, votes: Sequence[Vote]) -> int:

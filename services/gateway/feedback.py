@@ -238,6 +238,8 @@ def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> Fee
         response_id=response_id,
         message_id=vote.message_id if response_id is None else None,
         choice_index=int(vote.choice_index or 0),
+        # Another process may have answered, so that only the joiner sees how many there are.
+        names_choice=response_id is not None or vote.choice_index is not None,
         rater=rater,
         weight=weight if vote.weight is None else vote.weight,
         source=source,

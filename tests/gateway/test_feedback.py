@@ -329,6 +329,12 @@ async def test_another_process_knows_of_the_choices_too(start: StartGateway) -> 
     assert (await vote(other, value="up", response_id=body["id"], choice_index=1))[0] == 202
 
 
+async def test_of_a_message_id_alone_the_joiner_is_told_whether_a_choice_was_named(gateway: Gateway) -> None:
+    for named in ({}, {"choice_index": 0}):
+        assert (await vote(gateway, value="up", message_id="of another process", **named))[0] == 202
+    assert [given.names_choice for given in gateway.feedback()] == [False, True]
+
+
 async def test_what_an_app_concludes_weighs_what_the_settings_say(start: StartGateway) -> None:
     gateway = await start(copy_weight=0.25)
     assert (await vote(gateway, message_id="m", value="up", source="copy"))[0] == 202

@@ -42,7 +42,11 @@ def examples_of(records: Iterable[NewRecord], responses_topic: str) -> Examples:
         target = data.response_id or last.get(_digest(data.message_id), (0, None))[1]
         if target in responses:
             is_said = data.source not in ("regenerate", "copy", "edit")
-            by_choice[target, data.choice_index].append((is_said, hlc, event_id, data.feedback_id, data))
+            served = [choice.index for choice in responses[target][2].data.choices]
+            if not data.names_choice and len(served) > 1:
+                continue
+            index = data.choice_index if data.names_choice else (*served, 0)[0]
+            by_choice[target, index].append((is_said, hlc, event_id, data.feedback_id, data))
     found: Examples = {}
     for (id, choice_index), on in by_choice.items():
         _, _, event, value = responses[id]

@@ -75,6 +75,8 @@ def colliding_events(seed: int, size: int) -> list[NewRecord]:
                 fields["response_id"] = random_.choice(ids)
             if random_.random() < 0.3:
                 fields["choice_index"] = random_.randrange(3)
+            elif random_.random() < 0.5:
+                fields["names_choice"] = False
             if random_.random() < 0.3:
                 fields |= {"source": "copy", "weight": 0.2}
             if random_.random() < 0.2:

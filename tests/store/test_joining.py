@@ -127,6 +127,22 @@ def test_votes_on_what_was_not_to_be_stored_count_as_unstored_and_make_no_exampl
     assert [id for id, _ in examples_in(store)] == [stored]
 
 
+def test_votes_that_name_none_of_several_choices_count_as_unclear_and_make_no_example(store: Engine) -> None:
+    message, key = "m", key_of_message_id("m")
+    several, single = response_id(key, 1), response_id(key, 2)
+    up = feedback("f", "up", HLC, message_id=message, names_choice=False)
+    assert apply(store, READER, batch_of(response(several, message_id=message, n=2)), {}).unclear == 0
+    assert apply(store, READER, batch_of(up), {}).unclear == 1
+    assert apply(store, READER, batch_of(up), {}).unclear == 0
+    assert examples_in(store) == {}
+    named = feedback("g", "up", HLC, message_id=message, choice_index=1, rater="ann")
+    assert apply(store, READER, batch_of(named), {}).unclear == 0
+    assert examples_in(store).keys() == {(several, 1)}
+    later = response(single, message_id=message, at_ms=START_MS + 1)
+    assert apply(store, READER, batch_of(later), {}).unclear == 0
+    assert examples_in(store).keys() == {(single, 0)}
+
+
 def test_a_newer_response_takes_over_the_votes_on_its_message(store: Engine) -> None:
     first, second = (response_id(key_of_message_id("m"), n) for n in (1, 2))
     vote = feedback("f", "down", HLC, message_id="m")
