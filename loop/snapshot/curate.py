@@ -115,6 +115,8 @@ class _Cast(msgspec.Struct, gc=False):
     correction: str | None = None
 
 
+_TO_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_TOO_LARGE = b"0" * 10
 _decode_event = msgspec.json.Decoder(_Event).decode
 _decode_votes = msgspec.json.Decoder(list[_Cast]).decode
 
@@ -207,8 +209,11 @@ def _vote(vote: _Cast, example_id: str, up: bool) -> Vote:
 
 
 def _ids(raw: msgspec.Raw) -> bytes | None:
-    """What is between the brackets of a list; None where there is no list, or nothing in it."""
-    return bytes(raw).strip(b"[] \t\r\n") or None if raw != _NULL else None
+    """What is between the brackets of a list; None where there is no list, nothing in it, or what no vocabulary has."""
+    text = b"" if raw == _NULL else bytes(raw).strip(b"[] \t\r\n")
+    if b"-" in text or _TOO_LARGE in text.translate(_TO_ZEROS):
+        return None
+    return text or None
 
 
 def _prompt(body: _Response) -> list[_Message]:
