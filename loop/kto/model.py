@@ -70,13 +70,13 @@ def prepare(model: nn.Module) -> None:
     it meets them in evaluation mode on some CPUs, and then reference and policy would be two different models.
     """
     model.requires_grad_(False)
-    replace_layers(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]
     model.train()
+    replace_layers(model)  # which tries layers out
 
 
 def attach_lora(base: Any, settings: TrainSettings) -> PeftModel:

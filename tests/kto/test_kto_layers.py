@@ -23,6 +23,7 @@ from loop.kto.layers import (
     replace_layers,
     speed_up_lora,
 )
+from loop.kto.model import prepare
 
 
 def test_the_gradients_are_those_of_the_functions() -> None:
@@ -62,6 +63,17 @@ def test_a_model_with_our_layers_is_the_same_model(kind: str, make_model: Callab
         gradients += torch.autograd.grad(out[-1].square().sum(), embedded)
     assert torch.allclose(out[0], out[1], rtol=1e-4, atol=1e-5)
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_layers_are_tried_out_in_training_mode(make_model: Callable[..., Any]) -> None:
+    """In evaluation mode, bitsandbytes gives 4-bit weights another form on CPUs with AVX-512 BF16, for good."""
+    model = make_model("llama").eval()
+    modes: list[bool] = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
+    prepare(model)
+    assert modes and all(modes)
 
 
 def test_a_layer_that_is_another_function_stays() -> None:
