@@ -23,6 +23,7 @@ from datetime import date, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from loop.content import Content, content_of
 from loop.events import (
     IMPLICIT_SOURCES,
     KEY,
@@ -101,7 +102,7 @@ class Joined(NamedTuple):
     up: int
     down: int
     voted_at_ms: int
-    event: bytes
+    content: Content
 
 
 class DeadLetter(NamedTuple):
@@ -214,7 +215,7 @@ def join(response: Response, votes: Iterable[Vote], event: bytes) -> list[Joined
     data = decode_response(event).data
     if data.aborted:
         return []
-    served = {choice.index for choice in data.choices}
+    served = {choice.index: choice for choice in data.choices}
     only = min(served) if len(served) == 1 else ONLY_CHOICE
     last: dict[tuple[int, str], Vote] = {}
     for vote in sorted(votes, key=lambda vote: (vote.is_thumb, vote.hlc, vote.event_id, vote.feedback_id)):
@@ -236,7 +237,7 @@ def join(response: Response, votes: Iterable[Vote], event: bytes) -> list[Joined
             up=sum(vote.is_thumb and vote.value == "up" for vote in on),
             down=sum(vote.is_thumb and vote.value == "down" for vote in on),
             voted_at_ms=max(vote.hlc for vote in on) >> 16,
-            event=event,
+            content=content_of(data, served[choice_index]),
         )
         for choice_index, on in standing.items()
         if choice_index in served

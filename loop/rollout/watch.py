@@ -86,12 +86,12 @@ def thumbs(fleet: Fleet, version: str | None, since_ms: int) -> Thumbs:
     """Votes on a version's answers (None: the base's) since a time, one for each conversation: its last one."""
     name = fleet.engine.base_name if version is None else fleet.name(version)
     query = (
-        select(examples.c.conversation_id, examples.c.response_id, examples.c.up, examples.c.down)
+        select(examples.c.conversation_id, examples.c.turned_id, examples.c.up, examples.c.down)
         .where(examples.c.adapter == name, examples.c.voted_at_ms >= since_ms, examples.c.up + examples.c.down > 0)
-        .order_by(examples.c.voted_at_ms, examples.c.response_id)
+        .order_by(examples.c.voted_at_ms, examples.c.turned_id)
     )
     with fleet.store.connect() as connection:
-        last = {row.conversation_id or row.response_id: row.up - row.down for row in connection.execute(query)}
+        last = {row.conversation_id or row.turned_id: row.up - row.down for row in connection.execute(query)}
     return Thumbs(sum(balance > 0 for balance in last.values()), sum(balance < 0 for balance in last.values()))
 
 

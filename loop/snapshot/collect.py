@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import gc
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,9 @@ from loop.snapshot.curate import STEPS, settle, to_rows
 from loop.snapshot.spool import Spool
 from loop.store import open_store
 from loop.store.engine import StoreUnavailableError
-from loop.store.examples import stream_examples
+from loop.store.examples import Block, stream_examples
+
+SHARES = 8  # of the blocks, for each process: so that all have about the same to do
 
 
 class Collected(msgspec.Struct):
@@ -38,65 +38,64 @@ class Collected(msgspec.Struct):
     steps: dict[str, int]
 
 
+class _Share(msgspec.Struct):
+    blocks: Sequence[Block]
+    spool: Path
+
+
 class _Job(msgspec.Struct):
     url: str
     settings: dict[str, Any]
-    since_day: date
-    spool: Path
-    ranges: int
-    part: int
-    parts: int
+    shares: Sequence[_Share]
 
 
 def collect(
-    engine: Engine, settings: SnapshotSettings, since_day: date, spools: Sequence[Path], ranges: int
-) -> Collected:
-    """Put the examples since this day that pass the steps which look at one alone into new spools, in shares; each but
-    an only one by a process of its own.
+    engine: Engine, settings: SnapshotSettings, blocks: Sequence[Block], folder: Path, processes: int
+) -> tuple[Collected, list[Path]]:
+    """Put the examples of the blocks that pass the steps which look at one alone into spools in `folder`; returns what
+    was read and the spools, in the blocks' order. Each of more than one process is one of its own.
 
     Raises StoreUnavailableError, and RuntimeError where such a process fails.
     """
-    if len(spools) == 1:
-        return _collect(engine, settings, since_day, spools[0], ranges, 0, 1)
-    url = engine.url.render_as_string(hide_password=False)
-    jobs = [
-        _Job(url, settings.model_dump(mode="json"), since_day, spool, ranges, part, len(spools))
-        for part, spool in enumerate(spools)
-    ]
-    hash_seed = secrets.randbelow(1 << 32)
-    with ExitStack() as stack:
-        children = [stack.enter_context(_child(job, hash_seed)) for job in jobs]
-        done = [_result(job, child) for job, child in zip(jobs, children, strict=True)]
-    steps = {step: sum(one.steps[step] for one in done) for step in STEPS}
-    return Collected(sum(one.read for one in done), steps)
+    count = 1 if processes == 1 else SHARES * processes
+    bounds = [len(blocks) * n // count for n in range(count + 1)]
+    shares = [_Share(blocks[bounds[n] : bounds[n + 1]], folder / f"{n}") for n in range(count)]
+    if processes == 1:
+        done = _collect(engine, settings, shares)
+    else:
+        url, plain = engine.url.render_as_string(hide_password=False), settings.model_dump(mode="json")
+        with ExitStack() as stack:
+            files = [folder / f"{n}.job" for n in range(processes)]
+            jobs = [_Job(url, plain, shares[n::processes]) for n in range(processes)]
+            children = [stack.enter_context(_child(file, job)) for file, job in zip(files, jobs, strict=True)]
+            parts = [_result(file, child) for file, child in zip(files, children, strict=True)]
+        steps = {step: sum(part.steps[step] for part in parts) for step in STEPS}
+        done = Collected(sum(part.read for part in parts), steps)
+    return done, [share.spool for share in shares]
 
 
-def _collect(
-    engine: Engine, settings: SnapshotSettings, since_day: date, spool: Path, ranges: int, part: int, parts: int
-) -> Collected:
+def _collect(engine: Engine, settings: SnapshotSettings, shares: Sequence[_Share]) -> Collected:
     read, steps = 0, dict.fromkeys(STEPS, 0)
-    with Spool(spool, settings.salt, settings.near_duplicate_similarity, ranges) as spooled:
-        for example in stream_examples(engine, since_day, part=part, parts=parts):
-            for row in to_rows(example, settings):
-                read += 1
-                if isinstance(row, str):
-                    steps[row] += 1
-                else:
-                    label = settle(row.votes, settings.disagreement)
-                    spooled.add(row, label, example.day.toordinal(), len(example.event))
+    for share in shares:
+        with Spool(share.spool, settings.salt, settings.near_duplicate_similarity) as spool:
+            for example in stream_examples(engine, share.blocks):
+                for row in to_rows(example, settings):
+                    read += 1
+                    if isinstance(row, str):
+                        steps[row] += 1
+                    else:
+                        spool.add(row, settle(row.votes, settings.disagreement))
     return Collected(read, steps)
 
 
 @contextmanager
-def _child(job: _Job, hash_seed: int) -> Iterator[subprocess.Popen[bytes]]:
-    """The process that does the job, ended with the block. Those of one seed have the same `hash`."""
-    file = job.spool.with_suffix(".job")
+def _child(file: Path, job: _Job) -> Iterator[subprocess.Popen[bytes]]:
+    """The process that does the job, ended with the block."""
     file.touch(mode=0o600)  # it may hold the store's password; the child removes it
     file.write_bytes(msgspec.json.encode(job, enc_hook=str))
-    python = ["env", f"PYTHONHASHSEED={hash_seed}", sys.executable]
-    with job.spool.with_suffix(".log").open("wb") as log:
+    with file.with_suffix(".log").open("wb") as log:
         child = subprocess.Popen(
-            [*python, "-m", "loop.child", "loop.snapshot.collect", str(file)],
+            [sys.executable, "-m", "loop.child", "loop.snapshot.collect", str(file)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -110,11 +109,11 @@ def _child(job: _Job, hash_seed: int) -> Iterator[subprocess.Popen[bytes]]:
             child.stdin.close()
 
 
-def _result(job: _Job, child: subprocess.Popen[bytes]) -> Collected:
+def _result(file: Path, child: subprocess.Popen[bytes]) -> Collected:
     status = child.wait()
     if status == 0:
-        return msgspec.json.decode(job.spool.with_suffix(".json").read_bytes(), type=Collected)
-    log = job.spool.with_suffix(".log").read_text(errors="replace").strip() or "it printed nothing"
+        return msgspec.json.decode(file.with_suffix(".json").read_bytes(), type=Collected)
+    log = file.with_suffix(".log").read_text(errors="replace").strip() or "it printed nothing"
     if status == os.EX_TEMPFAIL:
         raise StoreUnavailableError(log)
     raise RuntimeError(f"reading examples ended with status {status}: {log[-2_000:]}")
@@ -128,12 +127,11 @@ def _main(file: Path) -> None:
     pa.set_memory_pool(pa.system_memory_pool())  # which gives back what it does not need: half of the process's memory
     try:
         engine = open_store(StoreSettings(url=SecretStr(job.url)))
-        settings = SnapshotSettings(**job.settings)
-        done = _collect(engine, settings, job.since_day, job.spool, job.ranges, job.part, job.parts)
+        done = _collect(engine, SnapshotSettings(**job.settings), job.shares)
     except StoreUnavailableError as exc:
         print(exc, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
-    job.spool.with_suffix(".json").write_bytes(msgspec.json.encode(done))
+    file.with_suffix(".json").write_bytes(msgspec.json.encode(done))
 
 
 if __name__ == "__main__":

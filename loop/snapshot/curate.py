@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from loop.content import Messages, decode_served, pair_digest
 from loop.events import IMPLICIT_SOURCES
 from loop.settings import SnapshotSettings
-from loop.snapshot.prompts import message_text
-from loop.snapshot.sorted_arrays import run_sizes, run_starts
-
-if TYPE_CHECKING:
-    from loop.store.examples import Example
+from loop.sorted_arrays import run_sizes, run_starts
+from loop.store.examples import Example
 
 # In the order in which they are applied; the first seven look at one example alone.
 STEPS = {
@@ -45,19 +43,20 @@ class Vote(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Whether the rater said it himself: then it goes before what was concluded from what he did."""
 
 
-class Row(msgspec.Struct, frozen=True):
-    """An example that passed the steps which look at it alone."""
+class Row(msgspec.Struct, frozen=True, gc=False):
+    """An example, or a correction of it, that passed the steps which look at it alone."""
 
+    example: Example
     example_id: str
-    messages: tuple[tuple[str, str], ...]
-    """The prompt as (role, text)."""
-    answer: str
-    prompt_ids: bytes | None
-    """Decimal numbers with commas between them, as they were logged."""
-    completion_ids: bytes | None
     votes: list[Vote]
-    conversation_id: str
-    adapter: str
+    pair_digest: int
+    """Of the prompt and of what is learned as its answer."""
+    correction: str | None = None
+
+    @property
+    def conversation_id(self) -> str:
+        """Without a conversation an example is one of its own."""
+        return self.example.conversation_id or self.example.response_id
 
 
 class Label(msgspec.Struct, frozen=True):
@@ -74,39 +73,9 @@ class Label(msgspec.Struct, frozen=True):
     """Everybody named whose vote counted, for or against."""
 
 
-# What curation reads of an event and of an example's votes. Both were checked by the contract when they were joined;
-# token ids stay text, for a number of each would take longer than all the rest.
-
-
-_NULL = msgspec.Raw(b"null")
-
-
-class _Message(msgspec.Struct, gc=False):
-    role: Any = "user"
-    content: Any = None
-    tool_calls: Any = None
-
-
-class _Choice(msgspec.Struct, gc=False):
-    message: _Message
-    index: int = 0
-    token_ids: msgspec.Raw = _NULL
-    finish_reason: str | None = None
-
-
-class _Response(msgspec.Struct, gc=False):
-    choices: list[_Choice]
-    messages: list[_Message] | None = None
-    prompt: str | None = None
-    prompt_token_ids: msgspec.Raw = _NULL
-    aborted: bool = False
-
-
-class _Event(msgspec.Struct, gc=False):
-    data: _Response
-
-
 class _Cast(msgspec.Struct, gc=False):
+    """A vote as the example has it: checked by the contract when it was joined."""
+
     rater: str
     value: str
     weight: float
@@ -115,68 +84,44 @@ class _Cast(msgspec.Struct, gc=False):
     correction: str | None = None
 
 
-_TO_ZEROS = bytes.maketrans(b"123456789", b"000000000")
-_TOO_LARGE = b"0" * 10
-_decode_event = msgspec.json.Decoder(_Event).decode
 _decode_votes = msgspec.json.Decoder(list[_Cast]).decode
 
 
 def to_rows(example: Example, settings: SnapshotSettings) -> list[Row | str]:
     """The served answer and the raters' corrections, each as a row or the name of the step that drops it."""
-    body, cast = _decode_event(example.event).data, _decode_votes(example.votes_json)
-    served = _served(example, body, cast, settings)
-    known = None if isinstance(served, str) else served.answer
-    corrected = [
-        _corrected(example, body, vote, vote.correction, settings)
-        for vote in cast
-        if vote.correction is not None and vote.correction != known
-    ]
-    return [served, *corrected]
+    cast = _decode_votes(example.votes_json)
+    rows = [_served(example, cast, settings)]
+    corrections = [(vote, vote.correction) for vote in cast if vote.correction is not None]
+    if corrections:
+        served = decode_served(example.served)
+        known = None if isinstance(rows[0], str) else served.answer
+        rows += [
+            _corrected(example, served.messages, vote, correction, settings)
+            for vote, correction in corrections
+            if correction != known
+        ]
+    return rows
 
 
-def _served(example: Example, body: _Response, cast: list[_Cast], settings: SnapshotSettings) -> Row | str:
+def _served(example: Example, cast: list[_Cast], settings: SnapshotSettings) -> Row | str:
     example_id = f"{example.response_id}/{example.choice_index}"
-    choice = body.choices[0] if body.choices else None
-    if choice is not None and choice.index != example.choice_index:
-        choice = next((c for c in body.choices if c.index == example.choice_index), None)
     votes = [_vote(vote, example_id, vote.value == "up") for vote in cast if vote.weight > 0]
     if not votes:
         return "unlabelled"
-    if body.aborted or (choice is not None and choice.finish_reason in ("abort", "error")):
-        return "aborted"
-    if choice is not None and choice.finish_reason == "length":
-        return "truncated"
-    answer = None if choice is None else message_text(choice.message.content)
-    completion_ids = None if choice is None else _ids(choice.token_ids)
-    if choice is None or not (answer or completion_ids):
-        return "empty"
-    prompt_ids = _ids(body.prompt_token_ids)
-    if prompt_ids is None or completion_ids is None:
-        prompt_ids = completion_ids = None
+    if example.unfit is not None:
+        return example.unfit
+    if example.tokens is None:
         if not settings.allow_untokenized:
             return "untokenized"
-    prompt = _prompt(body)
-    if prompt_ids is None and not all(map(_is_text, [*prompt, choice.message])):
-        return "untemplated"
-    if settings.max_tokens is not None:
-        tokens = sum(ids.count(b",") + 1 for ids in (prompt_ids, completion_ids) if ids is not None)
-        if tokens > settings.max_tokens:
-            return "too_long"
-    return Row(
-        example_id=example_id,
-        messages=_texts(prompt),
-        answer=answer or "",
-        prompt_ids=prompt_ids,
-        completion_ids=completion_ids,
-        votes=votes,
-        # Without a conversation an example is one of its own.
-        conversation_id=example.conversation_id or example.response_id,
-        adapter=example.adapter,
-    )
+        if not (example.prompt_is_text and example.answer_is_text):
+            return "untemplated"
+    elif settings.max_tokens is not None and example.tokens > settings.max_tokens:
+        return "too_long"
+    return Row(example, example_id, votes, example.pair_digest)
 
 
 def _corrected(
-    example: Example, body: _Response, vote: _Cast, correction: str, settings: SnapshotSettings
+    example: Example, messages: Messages, vote: _Cast, correction: str, settings: SnapshotSettings
 ) -> Row | str:
     """One rater's correction: nobody sampled it, so it has no token ids; desirable, whatever the rater thinks of the
     answer that it corrects.
@@ -187,45 +132,16 @@ def _corrected(
         return "empty"
     if not settings.allow_untokenized:
         return "untokenized"
-    prompt = _prompt(body)
-    if (body.messages is None and body.prompt is None) or not all(map(_is_text, prompt)):
+    if not example.prompt_is_text:
         return "untemplated"
     example_id = f"{example.response_id}/{example.choice_index}/correction/{vote.rater}"
-    return Row(
-        example_id=example_id,
-        messages=_texts(prompt),
-        answer=correction,
-        prompt_ids=None,
-        completion_ids=None,
-        votes=[_vote(vote, example_id, True)],
-        conversation_id=example.conversation_id or example.response_id,
-        adapter=example.adapter,
-    )
+    digest = pair_digest(messages, correction)
+    return Row(example, example_id, [_vote(vote, example_id, True)], digest, correction)
 
 
 def _vote(vote: _Cast, example_id: str, up: bool) -> Vote:
     who = vote.rater
     return Vote(who or example_id, who != "", up, vote.weight, vote.hlc, vote.source not in IMPLICIT_SOURCES)
-
-
-def _ids(raw: msgspec.Raw) -> bytes | None:
-    """What is between the brackets of a list; None where there is no list, nothing in it, or what no vocabulary has."""
-    text = b"" if raw == _NULL else bytes(raw).strip(b"[] \t\r\n")
-    if b"-" in text or _TOO_LARGE in text.translate(_TO_ZEROS):
-        return None
-    return text or None
-
-
-def _prompt(body: _Response) -> list[_Message]:
-    return body.messages if body.messages is not None else [_Message(content=body.prompt or "")]
-
-
-def _texts(messages: list[_Message]) -> tuple[tuple[str, str], ...]:
-    return tuple([(str(message.role), message_text(message.content) or "") for message in messages])
-
-
-def _is_text(message: _Message) -> bool:
-    return message_text(message.content) is not None and not message.tool_calls
 
 
 def settle(votes: Sequence[Vote], rule: Literal["drop", "majority"]) -> Label | None:

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from loop.snapshot.curate import Label
-from loop.snapshot.sorted_arrays import contains
 from loop.snapshot.split import RATER, units_of
 from loop.snapshot.spool import Spooled
 from loop.snapshot.write import string_lists, strings
+from loop.sorted_arrays import contains
 
 Ascribed = tuple[str | None, list[str]]
 """The rater that a label is ascribed to, and all whose votes made it."""
@@ -52,20 +52,21 @@ class Labels:
         self._set.append(row)
         self._ends.append(self._ends[-1] + self._file.write(_encode((label.rater, label.raters))))
 
-    def ascribe(self, table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
-        """The table of these rows, with `rater` and `raters` of the labels that were set."""
+    def ascribe(self, batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
+        """The batch of these rows, with `rater` and `raters` of the labels that were set."""
         at = np.flatnonzero(contains(self._sorted, rows))
         if len(at) == 0:
-            return table
+            return batch
         ascribed = [self._ascribed(n) for n in self._order[np.searchsorted(self._sorted, rows[at])].tolist()]
-        # Behind the table's own values, to be taken from there.
+        # Behind the batch's own values, to be taken from there.
         source = np.arange(len(rows))
         source[at] = len(rows) + np.arange(len(at))
         raters, all_raters = zip(*ascribed, strict=True)
         for name, values in (("rater", strings(raters)), ("raters", string_lists(all_raters))):
-            column = pa.concat_arrays([table[name].combine_chunks(), values]).take(pa.array(source))
-            table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
-        return table
+            place = batch.schema.get_field_index(name)
+            column = pa.concat_arrays([batch[name], values]).take(pa.array(source))
+            batch = batch.set_column(place, batch.schema.field(name), column)
+        return batch
 
     @cached_property
     def _order(self) -> npt.NDArray[np.int64]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from sqlalchemy import Engine
 
 from loop.settings import SnapshotSettings
@@ -23,11 +24,11 @@ from loop.snapshot.collect import collect
 from loop.snapshot.curate import STEPS, newest_within, settle
 from loop.snapshot.labels import Labels
 from loop.snapshot.near import clusters
-from loop.snapshot.sorted_arrays import is_first, run_sizes
 from loop.snapshot.split import decide, decide_clusters, keep, load_known
-from loop.snapshot.spool import RANGES, Spooled
+from loop.snapshot.spool import Spooled
 from loop.snapshot.write import FORMAT, HELD_OUT, MANIFEST, TRAIN, RowFile, identify, publish
-from loop.store.examples import has_more_examples
+from loop.sorted_arrays import distinct, is_first, run_sizes
+from loop.store.examples import find_blocks, has_more_examples
 
 log = logging.getLogger("thumbwheel.snapshot")
 
@@ -87,13 +88,12 @@ def make_snapshot(engine: Engine, settings: SnapshotSettings, *, out: Path, now_
         shutil.rmtree(left, ignore_errors=True)
     made = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        is_large = has_more_examples(engine, since, SMALL_WINDOW)
-        ranges = RANGES if is_large else 1
-        spools = [made / "spool" / str(n) for n in range(settings.processes if is_large else 1)]
         (made / "spool").mkdir()
-        collected = collect(engine, settings, since, spools, ranges)
+        is_large = has_more_examples(engine, since, SMALL_WINDOW)
+        processes = settings.processes if is_large else 1
+        collected, spools = collect(engine, settings, find_blocks(engine, since), made / "spool", processes)
         _finished("collect")
-        with Spooled(spools, settings.near_duplicate_similarity, ranges) as rows:
+        with Spooled(spools, settings.near_duplicate_similarity) as rows:
             split = _split(rows, engine, settings)
             _finished("split")
             with Labels(rows, made / "spool" / "labels", settings.salt) as labels:
@@ -159,12 +159,12 @@ def _split(rows: Spooled, engine: Engine, settings: SnapshotSettings) -> Split:
     conversation = rows.column("conversation")
     is_held = decide(conversation, known.held_conversations, share)
     held_out |= is_held
-    conversations = np.unique(conversation[is_held])
+    conversations = distinct(conversation[is_held])
 
     voters = rows.column("voters")
     is_held = decide(voters, known.held_raters, share)
     held_out[np.repeat(np.arange(len(held_out), dtype=np.int32), rows.column("voters_size"))[is_held]] = True
-    keep(engine, known, np.unique(voters[is_held]), conversations, prompts, prompts_held)
+    keep(engine, known, distinct(voters[is_held]), conversations, prompts, prompts_held)
     return Split(held_out, int((cluster_of == np.arange(len(prompts))).sum()))
 
 
@@ -178,31 +178,27 @@ def _prompts(rows: Spooled, similarity: float) -> tuple[U64, I32, I32]:
     prompt_of[order] = np.cumsum(is_new, dtype=np.int32) - 1
     units, first = units[is_new], order[is_new].astype(np.int32)
     del order, is_new
-    sizes = rows.column("set_size")
-    starts = (np.cumsum(sizes) - sizes)[first]
-    sizes = sizes[first]
+    lengths = rows.column("asked_size")
+    starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[first]
+    lengths = lengths[first]
     cluster_of = clusters(
         len(units),
         rows.bands,
         lambda band: rows.column(f"band_{band}")[first],
-        sizes,
-        lambda prompts: rows.sets(starts[prompts], sizes[prompts]),
+        rows.column("shingles")[first],
+        lambda prompts: rows.shingles(starts[prompts], lengths[prompts]),
         similarity,
     )
     return units, prompt_of, cluster_of
 
 
 def _curate(rows: Spooled, held_out: Flags, labels: Labels, settings: SnapshotSettings, steps: dict[str, int]) -> I64:
-    """The rows that stay, in the snapshot's order; those that stand for several rows get the label of all their votes.
+    """The rows that stay, in order; those that stand for several rows get the label of all their votes.
 
     In training, the same answer to the same prompt is one row, whoever voted. Held out, it is one for each rater (else
     for each conversation): the gate's intervals come from resampling raters, who must keep their own votes.
     """
-    ids = rows.column("id")
-    order = np.argsort(ids, kind="stable")
-    order = order[is_first(ids[order])]  # an example may have been read twice
-    del ids
-    chosen = _merge(order, held_out, labels, rows, settings)
+    chosen = _merge(held_out, labels, rows, settings)
     steps["exact_duplicates"] = len(held_out) - len(chosen)
 
     agreed = chosen[labels.desirable[chosen] >= 0]
@@ -218,30 +214,27 @@ def _curate(rows: Spooled, held_out: Flags, labels: Labels, settings: SnapshotSe
     return left
 
 
-def _merge(order: I64, held_out: Flags, labels: Labels, rows: Spooled, settings: SnapshotSettings) -> I64:
+def _merge(held_out: Flags, labels: Labels, rows: Spooled, settings: SnapshotSettings) -> I64:
     """One row, the latest, of those that are the same on one side of the split. Only the votes on rows that have a
     duplicate are read back.
     """
     same = rows.column("pair")
     voter = np.where(labels.rater > 0, labels.rater, rows.column("conversation"))
-    same = np.where(held_out, ~(same ^ voter), same)[order]
+    same = np.where(held_out, ~(same ^ voter), same)
     del voter
-    places = np.argsort(same, kind="stable")
-    places = places[run_sizes(same[places]) > 1]
-    group, members = same[places], order[places]
-    latest = np.lexsort((rows.column("day")[members], group))
-    places, group, members = places[latest], group[latest], members[latest]
+    members = np.argsort(same, kind="stable")  # in their order, which is that of their days
+    members = members[run_sizes(same[members]) > 1]
+    group = same[members]
 
     sizes = rows.column("votes_size")
     starts, sizes = (np.cumsum(sizes, dtype=np.int64) - sizes)[members].tolist(), sizes[members].tolist()
-    keeps = np.ones(len(order), bool)
+    keeps = np.ones(len(held_out), bool)
     begins = np.flatnonzero(is_first(group))
     for begin, end in pairwise([*begins.tolist(), len(members)]):
-        keeps[places[begin : end - 1]] = False
+        keeps[members[begin : end - 1]] = False
         votes = [vote for n in range(begin, end) for vote in rows.votes(starts[n], sizes[n])]
         labels.set(int(members[end - 1]), settle(votes, settings.disagreement))
-    kept: I64 = order[keeps]
-    return kept
+    return np.flatnonzero(keeps)
 
 
 def _write(
@@ -251,22 +244,17 @@ def _write(
     training = chosen[~held_out[chosen]]
     up, down = (float(labels.weight[training[labels.desirable[training] == label]].sum()) for label in (1, 0))
     lambdas = class_weights(up, down, settings.desirable_weight, settings.undesirable_weight)
-    ids = rows.column("id")
-    ends = ids[chosen]
-    files: dict[str, Any] = {}
     with RowFile(made / TRAIN) as train, RowFile(made / HELD_OUT) as held:
-        begin = 0
-        for numbers, table in rows.ranges(ids):
-            end = begin if len(numbers) == 0 else int(np.searchsorted(ends, ids[numbers].max(), side="right"))
-            mine, begin = chosen[begin:end], end
+        end = 0
+        for batch in rows.batches():
+            begin, end = end, end + len(batch)
+            mine = chosen[slice(*np.searchsorted(chosen, (begin, end)))]
             for file, part, weights in (
                 (train, mine[~held_out[mine]], lambdas),
                 (held, mine[held_out[mine]], (1.0, 1.0)),
             ):
                 desirable = labels.desirable[part] == 1
                 weight = labels.weight[part] * np.where(desirable, *weights)
-                file.add(labels.ascribe(table.take(np.searchsorted(numbers, part)), part), desirable, weight)
-        for name, file, part in ((TRAIN, train, training), (HELD_OUT, held, chosen[held_out[chosen]])):
-            desirable = int((labels.desirable[part] == 1).sum())
-            files[name] = {"sha256": file.finish(), "desirable": desirable, "undesirable": len(part) - desirable}
+                file.add(labels.ascribe(batch.take(pa.array(part - begin)), part), desirable, weight)
+        files = {name: file.finish() for name, file in ((TRAIN, train), (HELD_OUT, held))}
     return {"files": files, "weights": {"desirable": lambdas[0], "undesirable": lambdas[1]}}

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy import Engine, insert, select
 
-from loop.snapshot.sorted_arrays import contains
+from loop.sorted_arrays import contains, distinct
 from loop.store.engine import write
 from loop.store.schema import split_units
 
@@ -80,7 +80,7 @@ def load_known(engine: Engine) -> Known:
             found.setdefault((kind, held_out), []).append(np.frombuffer(units, _STORED))
 
     def units_of_kind(kind: str, held_out: bool) -> U64:
-        return np.unique(np.concatenate([_NOTHING, *found.pop((kind, held_out), [])]))
+        return distinct(np.concatenate([_NOTHING, *found.pop((kind, held_out), [])]))
 
     held_prompts, train_prompts = units_of_kind(CLUSTER, True), units_of_kind(CLUSTER, False)
     return Known(

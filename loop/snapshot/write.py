@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from loop.content import Served, decode_served
 from loop.snapshot.curate import Label, Row
 
 FORMAT = 1
@@ -47,21 +48,26 @@ _WRITES_AHEAD = 2
 
 def row_batch(rows: Sequence[Row], labels: Sequence[Label]) -> pa.RecordBatch:
     """Rows, and whom their labels are ascribed to, in the columns of ROW_SCHEMA."""
-    messages = [message for row in rows for message in row.messages]
-    answers = [("assistant", row.answer) for row in rows]
+    served = [_served(row) for row in rows]
+    messages = [message for one in served for message in one.messages]
     columns = {
-        "prompt": _message_lists([len(row.messages) for row in rows], messages),
-        "completion": _message_lists([1] * len(rows), answers),
-        "prompt_ids": _id_lists([row.prompt_ids for row in rows]),
-        "completion_ids": _id_lists([row.completion_ids for row in rows]),
+        "prompt": _message_lists([len(one.messages) for one in served], messages),
+        "completion": _message_lists([1] * len(rows), [("assistant", one.answer) for one in served]),
+        "prompt_ids": _id_lists([one.prompt_ids for one in served]),
+        "completion_ids": _id_lists([one.completion_ids for one in served]),
         "example_id": strings([row.example_id for row in rows]),
         "conversation_id": strings([row.conversation_id for row in rows]),
         "rater": strings([label.rater for label in labels]),
         "raters": string_lists([label.raters for label in labels]),
-        "adapter": strings([row.adapter for row in rows]),
-        "source": strings(["template" if row.prompt_ids is None else "served" for row in rows]),
+        "adapter": strings([row.example.adapter for row in rows]),
+        "source": strings(["template" if one.prompt_ids is None else "served" for one in served]),
     }
     return pa.RecordBatch.from_arrays([columns[name] for name in ROW_SCHEMA.names], schema=ROW_SCHEMA)
+
+
+def _served(row: Row) -> Served:
+    served = decode_served(row.example.served)
+    return served if row.correction is None else Served(served.messages, row.correction, None, None)
 
 
 def strings(texts: Sequence[str | None]) -> pa.Array:
@@ -80,19 +86,12 @@ def _message_lists(sizes: Sequence[int], messages: Sequence[tuple[str, str]]) ->
     return pa.ListArray.from_arrays(_offsets(sizes), pa.StructArray.from_arrays([roles, contents], ["role", "content"]))
 
 
-def _id_lists(texts: Sequence[bytes | None]) -> pa.Array:
-    """A list of token ids, or none, for each text. Raises ValueError where they are no such numbers."""
-    known = [text for text in texts if text is not None]
-    sizes = np.array([0 if text is None else text.count(b",") + 1 for text in texts])
-    try:  # all at once: of a number each, they would take longest of all
-        ids = np.fromstring(b",".join(known), np.int64, int(sizes.sum()), sep=",")
-        are_tokens = len(ids) == sizes.sum() and bool(((ids >= 0) & (ids < 2**31)).all())
-    except ValueError:
-        are_tokens = False
-    if not are_tokens:
-        raise ValueError("an example's token ids are not whole numbers from 0 to 2^31 - 1")
-    mask = pa.array([text is None for text in texts])
-    return pa.ListArray.from_arrays(_offsets(sizes), pa.array(ids.astype(np.int32)), mask=mask)
+def _id_lists(packed: Sequence[bytes | None]) -> pa.Array:
+    """A list of token ids, or none, for each of what `Served` has of them."""
+    known = [ids or b"" for ids in packed]
+    sizes = np.array(list(map(len, known)), np.int64) // 4
+    mask = pa.array([ids is None for ids in packed], pa.bool_())
+    return pa.ListArray.from_arrays(_offsets(sizes), pa.array(np.frombuffer(b"".join(known), "<i4")), mask=mask)
 
 
 def _offsets(sizes: Sequence[int] | npt.NDArray[np.int64]) -> pa.Array:
@@ -109,7 +108,8 @@ class RowFile:
         self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd", use_dictionary=_OF_FEW_VALUES)
         self._thread = ThreadPoolExecutor(1, "parquet")
         self._writes: deque[Future[None]] = deque()
-        self._pending: list[pa.Table] = []
+        self._pending: list[pa.RecordBatch] = []
+        self._rows = self._up = 0
 
     def __enter__(self) -> RowFile:
         return self
@@ -118,26 +118,30 @@ class RowFile:
         self._thread.shutdown()
         self._writer.close()
 
-    def add(self, rows: pa.Table, labels: npt.NDArray[np.bool_], weights: npt.NDArray[np.float64]) -> None:
+    def add(self, rows: pa.RecordBatch, labels: npt.NDArray[np.bool_], weights: npt.NDArray[np.float64]) -> None:
         """Append rows of ROW_SCHEMA with their labels and weights."""
-        columns = {name: rows[name] for name in ROW_SCHEMA.names} | {"label": labels, "weight": weights}
-        self._pending.append(pa.table({name: columns[name] for name in SCHEMA.names}, SCHEMA))
-        pending = pa.concat_tables(self._pending)
-        whole = len(pending) - len(pending) % ROW_GROUP
-        for begin in range(0, whole, ROW_GROUP):
-            self._write(pending.slice(begin, ROW_GROUP))
-        self._pending = [pending.slice(whole)]
+        columns = {"label": pa.array(labels), "weight": pa.array(weights)}
+        columns |= {name: rows[name] for name in ROW_SCHEMA.names}
+        self._pending.append(pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA))
+        self._rows, self._up = self._rows + len(rows), self._up + int(labels.sum())
+        pending = sum(map(len, self._pending))
+        if pending >= ROW_GROUP:
+            table = pa.Table.from_batches(self._pending)
+            whole = pending - pending % ROW_GROUP
+            for begin in range(0, whole, ROW_GROUP):
+                self._write(table.slice(begin, ROW_GROUP))
+            self._pending = table.slice(whole).to_batches()
 
-    def finish(self) -> str:
-        """Write what is left; returns the file's SHA-256."""
-        if self._pending and len(self._pending[0]):
-            self._write(self._pending.pop())
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; returns the file's SHA-256, and how many rows of either label it has."""
+        if self._pending:
+            self._write(pa.Table.from_batches(self._pending))
         self._wait(0)
         self._writer.close()
         with self._path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-        return digest
+        return {"sha256": digest, "desirable": self._up, "undesirable": self._rows - self._up}
 
     def _write(self, rows: pa.Table) -> None:
         self._writes.append(self._thread.submit(lambda: self._writer.write_table(rows.combine_chunks())))

@@ -68,7 +68,7 @@ def _asked_for_by(engine: Engine, rater: str) -> list[str]:
     """The responses that somebody asked for. No index knows that: the server looks at every body."""
     found: set[str] = set()
     with engine.connect() as connection:
-        for table in ("responses", "examples"):
+        for table in ("responses", "rated_bodies"):
             query = text(f"SELECT body FROM {table} WHERE {_holds(engine, 'body')}")
             for (body,) in connection.execute(query, {"subject": rater.encode()}):
                 data = decode_response(bytes(body)).data

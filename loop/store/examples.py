@@ -1,41 +1,43 @@
-"""Reads examples: a response's choice with the votes that stand on it. Written by the joiner (`loop.store.joining`).
+"""Reading examples: by day, and within a day by turned_id, which is the order that they are stored in.
 
-By the raw drivers and in the order in which they lie in the store, which is about that of time: by (day, response_id)
-each of ten million rows would be looked up somewhere else.
+Several processes may share the work. A page is a transaction of its own, so that a long read holds back neither the
+checkpoints of SQLite's journal nor Postgres' vacuum. What happens to examples while others are read is seen, or not.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
-from functools import lru_cache
-from itertools import starmap
-from typing import Any
+from itertools import pairwise, starmap
+from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Connection, Engine, func, select
 
-from loop.events import ResponseLogged, decode_response
 from loop.store.engine import reaching
-from loop.store.schema import examples
+from loop.store.schema import examples, turn_back
 
 
 class Example(msgspec.Struct, frozen=True, gc=False):
-    """One example, as it is stored."""
+    """One example, as it is stored: see `loop.store.schema` and `loop.content`."""
 
-    response_id: str
+    turned_id: str
     choice_index: int
-    day: date
     adapter: str
     conversation_id: str | None
-    up: int
-    down: int
     votes_json: str
     """One entry for each rater whose last vote stands, sorted by rater:
     {"rater", "value": "up" | "down", "weight", "source", "hlc", "correction" (where there is one)}."""
-    event: bytes
-    """The response's event, byte for byte as it was logged."""
+    unfit: str | None
+    tokens: int | None
+    prompt_is_text: bool
+    answer_is_text: bool
+    asked: bytes
+    prompt_digest: int
+    pair_digest: int
+    sketch: bytes
+    served: bytes
 
     @property
     def votes(self) -> list[dict[str, Any]]:
@@ -44,63 +46,107 @@ class Example(msgspec.Struct, frozen=True, gc=False):
         return votes
 
     @property
-    def body(self) -> ResponseLogged:
-        """The response in `event`, decoded."""
-        return decode_response(self.event).data
+    def response_id(self) -> str:
+        """As everybody else knows it."""
+        return turn_back(self.turned_id)
 
 
-_COLUMNS = "response_id, choice_index, day, adapter, conversation_id, up, down, votes, body"
-_PAGE = f"SELECT {_COLUMNS} FROM examples WHERE rowid BETWEEN ? AND ? AND day >= ?"
-_COPY = (
-    f"COPY (SELECT {_COLUMNS.replace('votes', 'votes::text')} FROM examples WHERE day >= '%s'"
-    " AND (hashtext(response_id) & 1023) %% %d = %d) TO STDOUT (FORMAT BINARY)"
+class Block(NamedTuple):
+    """The examples of a day with a turned_id in [low, high)."""
+
+    day: date
+    low: str
+    high: str
+
+
+PAGE_ROWS = 1_000
+_DAY_SHARES = 8
+_TYPES = {
+    "turned_id": "text",
+    "choice_index": "int4",
+    "adapter": "text",
+    "conversation_id": "text",
+    "{votes}": "text",
+    "unfit": "text",
+    "tokens": "int4",
+    "prompt_is_text": "bool",
+    "answer_is_text": "bool",
+    "asked": "bytea",
+    "prompt_digest": "int8",
+    "pair_digest": "int8",
+    "sketch": "bytea",
+    "served": "bytea",
+}
+_PAGE = (
+    f"SELECT {', '.join(_TYPES)} FROM examples WHERE day = {{}} AND (turned_id, choice_index) > ({{}}, {{}})"
+    " AND turned_id < {} ORDER BY turned_id, choice_index LIMIT {}"
 )
-_COPY_TYPES = ("text", "int4", "date", "text", "text", "int4", "int4", "text", "bytea")
 
 
-def stream_examples(
-    engine: Engine, since_day: date, *, part: int = 0, parts: int = 1, page_rows: int = 256
-) -> Iterator[Example]:
-    """Every example from `since_day` on, in memory for one page at most; of `parts` that are read side by side, one.
+def find_blocks(engine: Engine, since_day: date) -> list[Block]:
+    """What there is from `since_day` on, in order and without a gap, in blocks to be shared out.
 
-    On SQLite pages are transactions of their own, so that a long read does not hold back the journal's checkpoints:
-    votes that arrive meanwhile may be seen, and an example that is retracted and comes back meanwhile may be seen
-    twice. On Postgres it is one statement, for whose minutes vacuum leaves dead rows where they are. Raises
-    StoreUnavailableError.
+    Raises StoreUnavailableError.
     """
-    with reaching(engine):
-        if engine.dialect.name == "sqlite":
-            for rows in _pages(engine, since_day, part, parts, page_rows):
+    days: list[date] = []
+    with reaching(engine), engine.connect() as connection:
+        later = examples.c.day >= since_day
+        while day := connection.execute(select(func.min(examples.c.day)).where(later)).scalar_one():
+            days.append(day)
+            later = examples.c.day > day
+    return [Block(day, low, high) for day in days for low, high in pairwise(["", *_cuts(day), "~"])]
+
+
+def _cuts(day: date) -> list[str]:
+    """Where the day's ids are cut: at some times, which most begin with, and at some hashes, which imported ones do."""
+    begin_ms = (day.toordinal() - date(1970, 1, 1).toordinal()) * 86_400_000
+    times = [begin_ms + n * 86_400_000 // _DAY_SHARES for n in range(_DAY_SHARES)]
+    return sorted([f"{ms >> 16:08x}-{ms & 0xFFFF:04x}" for ms in times] + [f"{n:x}" for n in range(1, 16)])
+
+
+def stream_examples(engine: Engine, blocks: Iterable[Block], *, page_rows: int = PAGE_ROWS) -> Iterator[Example]:
+    """The examples of the blocks, in order; in memory for one page at most. Raises StoreUnavailableError."""
+    with reaching(engine), engine.connect() as connection:
+        read_page = _sqlite_pages(connection) if connection.dialect.name == "sqlite" else _postgres_pages(connection)
+        for block in blocks:
+            after, is_more = (block.low, -1), True
+            while is_more:
+                rows = read_page(block, after, page_rows)
                 yield from starmap(Example, rows)
-        else:
-            yield from starmap(Example, _copied(engine, since_day, part, parts))
+                is_more = len(rows) == page_rows
+                after = rows[-1][:2] if rows else after
 
 
-def _pages(engine: Engine, since_day: date, part: int, parts: int, page_rows: int) -> Iterator[list[tuple[Any, ...]]]:
-    with engine.connect() as connection:
-        connection.detach()  # a connection of its own, closed at the end: what it read once it need not keep
-        connection.exec_driver_sql("PRAGMA cache_size = -2048")
-        first, last = connection.exec_driver_sql("SELECT min(rowid), max(rowid) FROM examples").one()
+_Page = Callable[[Block, tuple[str, int], int], list[tuple[Any, ...]]]
+"""Reads so many rows of a block, after a (turned_id, choice_index)."""
+
+
+def _sqlite_pages(connection: Connection) -> _Page:
+    connection.detach()  # a connection of its own, closed at the end: what it read once it need not keep
+    connection.exec_driver_sql("PRAGMA cache_size = -2048")
+    connection.commit()
+    cursor: Any = connection.connection.cursor()
+    query = _PAGE.format(*"?????", votes="votes")
+
+    def read(block: Block, after: tuple[str, int], rows: int) -> list[tuple[Any, ...]]:
+        found: list[tuple[Any, ...]] = cursor.execute(query, (str(block.day), *after, block.high, rows)).fetchall()
+        return found
+
+    return read
+
+
+def _postgres_pages(connection: Connection) -> _Page:
+    cursor: Any = connection.connection.cursor()
+
+    def read(block: Block, after: tuple[str, int], rows: int) -> list[tuple[Any, ...]]:
+        query = _PAGE.format(f"'{block.day}'", f"'{after[0]}'", after[1], f"'{block.high}'", rows, votes="votes::text")
+        with cursor.copy(f"COPY ({query}) TO STDOUT (FORMAT BINARY)") as copy:
+            copy.set_types(list(_TYPES.values()))
+            found = list(copy.rows())
         connection.commit()
-        cursor = connection.connection.cursor()
-        pages = range(0) if first is None else range(first // page_rows, last // page_rows + 1)
-        for page in pages:
-            if page % parts == part:
-                begin = page * page_rows
-                # By itself a transaction, as it is all of one statement.
-                rows = cursor.execute(_PAGE, (begin, begin + page_rows - 1, since_day.isoformat())).fetchall()
-                yield [(*row[:2], _day(row[2]), *row[3:]) for row in rows]
+        return found
 
-
-def _copied(engine: Engine, since_day: date, part: int, parts: int) -> Iterator[tuple[Any, ...]]:
-    with engine.connect() as connection:
-        cursor: Any = connection.connection.cursor()
-        with cursor.copy(_COPY % (since_day.isoformat(), parts, part)) as copy:
-            copy.set_types(_COPY_TYPES)
-            yield from copy.rows()
-
-
-_day = lru_cache(maxsize=1024)(date.fromisoformat)
+    return read
 
 
 def has_more_examples(engine: Engine, since_day: date, than: int) -> bool:

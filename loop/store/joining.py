@@ -17,7 +17,7 @@ import msgspec
 from sqlalchemy import Engine, func, select
 
 from loop.erasure import Erased
-from loop.events import KEY, UUID, decode_response
+from loop.events import decode_response
 from loop.join import (
     ONLY_CHOICE,
     Batch,
@@ -30,10 +30,23 @@ from loop.join import (
     join,
     last_response,
 )
+from loop.minhash import sketches
 from loop.store.bulk import Bulk, Staged, open_bulk, staged_form
 from loop.store.engine import reaching, write
 from loop.store.partitions import ensure_days
-from loop.store.schema import IS_PENDING, dead_letters, erasures, examples, positions, response_index, responses, votes
+from loop.store.schema import (
+    IS_PENDING,
+    dead_letters,
+    erasures,
+    examples,
+    positions,
+    rated_bodies,
+    response_index,
+    responses,
+    turn,
+    turn_back,
+    votes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +196,8 @@ def take_out_responses(bulk: Bulk, ids: Collection[str]) -> tuple[int, int]:
     rows = bulk.execute("DELETE FROM response_index WHERE turned_id IN ??", turned)
     if known:
         bulk.execute("DELETE FROM responses WHERE day IN ?? AND turned_id IN ??", days, turned)
-    bulk.execute("DELETE FROM examples WHERE response_id IN ??", set(ids))
+        bulk.execute("DELETE FROM examples WHERE day IN ?? AND turned_id IN ??", days, turned)
+        bulk.execute("DELETE FROM rated_bodies WHERE turned_id IN ??", turned)
     return rows, _block(bulk, ids, keys)
 
 
@@ -290,13 +304,29 @@ def _rejoin(
     unclear = _new_votes(bulk, [vote for vote, event in nameless if len(decode_response(event).data.choices) > 1])
     _mark_pending(bulk, set(touched), voted, {response.message_id for response in under.values()})
     joined = [example for id, event in events.items() for example in join(touched[id], standing[id], event)]
-    keys = {(example.response_id, example.choice_index) for example in joined}
-    stood = bulk.select("SELECT response_id, choice_index FROM examples WHERE response_id IN ??", set(touched))
-    bulk.execute_many(
-        "DELETE FROM examples WHERE response_id = ? AND choice_index = ?", [row for row in stood if row not in keys]
-    )
-    bulk.upsert(examples, [_example_row(example) for example in joined])
+    _write_examples(bulk, joined, events, {response.day for response in (*touched.values(), *replaced)}, touched)
     return unstored, unclear
+
+
+def _write_examples(
+    bulk: Bulk, joined: Sequence[Joined], events: Mapping[str, bytes], days: Collection[str], touched: Collection[str]
+) -> None:
+    """Make the examples of the touched responses these; `days` are those on which they have or had any."""
+    ids = {id: turn(id) for id in touched}
+    keys = {(example.day, ids[example.response_id], example.choice_index) for example in joined}
+    rows = bulk.select(
+        "SELECT day, turned_id, choice_index FROM examples WHERE day IN ?? AND turned_id IN ??", days, {*ids.values()}
+    )
+    stood = [(str(day), *rest) for day, *rest in rows]
+    bulk.execute_many(
+        "DELETE FROM examples WHERE day = ? AND turned_id = ? AND choice_index = ?",
+        [row for row in stood if row not in keys],
+    )
+    sketched = sketches([example.content.asked for example in joined])
+    bulk.upsert(examples, [_example_row(example, sketch) for example, sketch in zip(joined, sketched, strict=True)])
+    rated = {ids[example.response_id]: events[example.response_id] for example in joined}
+    bulk.upsert(rated_bodies, sorted(rated.items()))
+    bulk.execute("DELETE FROM rated_bodies WHERE turned_id IN ??", {id for _, id, _ in stood} - rated.keys())
 
 
 def _new_votes(bulk: Bulk, votes: Sequence[Vote]) -> int:
@@ -349,10 +379,10 @@ def _events(bulk: Bulk, batch: Batch, wanted: Iterable[Response]) -> dict[str, b
         *({response.day for response in missing}, {turn(response.response_id) for response in missing}),
     )
     found |= {turn_back(id): bytes(body) for id, body in rows}
-    # Of a rated response that is older than the store's retention, the example is all that is left.
-    left = {response.response_id for response in missing} - found.keys()
-    old = bulk.select("SELECT response_id, body FROM examples WHERE response_id IN ??", left)
-    return found | {id: bytes(body) for id, body in old}
+    # Of a rated response that is older than the store's retention, this is all that is left.
+    left = {turn(response.response_id) for response in missing if response.response_id not in found}
+    old = bulk.select("SELECT turned_id, body FROM rated_bodies WHERE turned_id IN ??", left)
+    return found | {turn_back(id): bytes(body) for id, body in old}
 
 
 def _known(bulk: Bulk, ids: Iterable[str]) -> dict[str, Response]:
@@ -371,26 +401,17 @@ def _indexed(bulk: Bulk, column: str, values: set[str]) -> dict[str, Response]:
     return {response.response_id: response for response in found}
 
 
-def turn(response_id: str) -> str:
-    """chatcmpl-<key>-<uuid> as <uuid>-<key>-chatcmpl, the order of the store's indexes."""
-    return f"{response_id[UUID]}-{response_id[KEY]}-{response_id[:-54]}"
-
-
-def turn_back(turned_id: str) -> str:
-    """The response_id that was turned."""
-    return f"{turned_id[54:]}-{turned_id[37:53]}-{turned_id[:36]}"
-
-
 def _detail(vote: Vote) -> str:
     text = msgspec.json.encode({"comment": vote.comment, "reasons": vote.reasons}).decode()
     return text.replace("\\u0000", "\\ufffd")  # Postgres' JSON does not hold it
 
 
-def _example_row(e: Joined) -> tuple[object, ...]:
+def _example_row(e: Joined, sketch: bytes) -> tuple[object, ...]:
     standing = msgspec.json.encode(e.votes).decode()
+    *facts, served = e.content
     return (
-        *(e.response_id, e.choice_index, e.key, e.day, e.adapter, e.arm, e.conversation_id),
-        *(e.up, e.down, standing, e.voted_at_ms, e.event),
+        *(e.day, turn(e.response_id), e.choice_index, e.key, e.adapter, e.arm, e.conversation_id),
+        *(e.up, e.down, standing, e.voted_at_ms, *facts, sketch, served),
     )
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from sqlalchemy import Engine, delete, select, tuple_
 
 from loop.store.engine import write
-from loop.store.joining import turn_back
 from loop.store.partitions import drop_day, ensure_days, oldest_day
 from loop.store.schema import IS_PENDING, examples, response_index, responses, votes
 
@@ -65,10 +64,9 @@ def _forget(engine: Engine, day: date, stop: threading.Event) -> bool:
             ids = connection.execute(query.where(responses.c.turned_id > after)).scalars().all()
             if not ids:
                 return True
-            of = {turn_back(id): id for id in ids}
-            rated = connection.execute(select(examples.c.response_id).where(examples.c.response_id.in_(of))).scalars()
-            unrated = of.keys() - set(rated)
-            connection.execute(delete(response_index).where(response_index.c.turned_id.in_(of[id] for id in unrated)))
+            rated = select(examples.c.turned_id).where(examples.c.day == day, examples.c.turned_id.in_(ids))
+            unrated = set(ids).difference(connection.execute(rated).scalars())
+            connection.execute(delete(response_index).where(response_index.c.turned_id.in_(unrated)))
             if engine.dialect.name == "sqlite":
                 connection.execute(delete(responses).where(responses.c.day == day, responses.c.turned_id.in_(ids)))
             after = ids[-1]

@@ -19,8 +19,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql
 
+from loop.events import KEY, UUID
+
 # Of `migrations/versions`; to be raised with every change below.
-REVISION = "0007"
+REVISION = "0008"
 
 metadata = MetaData()
 Json = JSON().with_variant(postgresql.JSONB(), "postgresql")
@@ -92,14 +94,15 @@ votes = Table(
     Index("votes_pending", "hlc", sqlite_where=IS_PENDING, postgresql_where=IS_PENDING),
 )
 
-# A response's choice with the votes that stand on it: what snapshots read.
+# A response's choice with the votes that stand on it: what snapshots read, in the order of its key. Of the event itself
+# it has what training can use; columns that decisions take are before the one that only a chosen row is read for.
 examples = Table(
     "examples",
     metadata,
-    Column("response_id", ResponseId, primary_key=True),
-    Column("choice_index", Integer, primary_key=True),
+    Column("day", Date, primary_key=True),
+    Column("turned_id", ResponseId, primary_key=True),
+    Column("choice_index", Integer, primary_key=True, autoincrement=False),
     Column("key", String(16), nullable=False),
-    Column("day", Date, nullable=False),
     Column("adapter", String(160), nullable=False),
     Column("arm", String(16), nullable=False),
     Column("conversation_id", String(256)),
@@ -109,9 +112,27 @@ examples = Table(
     # stands; `up` and `down` count those of them that are thumbs
     Column("votes", Json, nullable=False),
     Column("voted_at_ms", BigInteger, nullable=False),
-    Column("body", Bytes, nullable=False),
-    Index("examples_order", "day", "response_id", "choice_index"),
+    # `loop.content.Content`, and the `loop.minhash.SKETCH` of `asked`
+    Column("unfit", String(16)),
+    Column("tokens", Integer),
+    Column("prompt_is_text", Boolean, nullable=False),
+    Column("answer_is_text", Boolean, nullable=False),
+    Column("asked", Bytes, nullable=False),
+    Column("prompt_digest", BigInteger, nullable=False),
+    Column("pair_digest", BigInteger, nullable=False),
+    Column("sketch", Bytes, nullable=False),
+    Column("served", Bytes, nullable=False),
     Index("examples_adapter", "adapter", "voted_at_ms"),
+    Index("examples_labels", "day", "up", "down"),  # to be counted
+    sqlite_with_rowid=False,
+)
+
+# The events of responses that have examples, for the votes that come when `responses` has dropped their day.
+rated_bodies = Table(
+    "rated_bodies",
+    metadata,
+    Column("turned_id", ResponseId, primary_key=True),
+    Column("body", Bytes, nullable=False),
 )
 
 # One row for each partition number: whoever moves it has this partition's keys, of both topics, to himself until he
@@ -255,3 +276,13 @@ leases = Table(
     Column("holder", String(128), nullable=False),
     Column("expires_at_ms", BigInteger, nullable=False),
 )
+
+
+def turn(response_id: str) -> str:
+    """chatcmpl-<key>-<uuid> as <uuid>-<key>-chatcmpl, the order of the store's indexes."""
+    return f"{response_id[UUID]}-{response_id[KEY]}-{response_id[:-54]}"
+
+
+def turn_back(turned_id: str) -> str:
+    """The response_id that was turned."""
+    return f"{turned_id[54:]}-{turned_id[37:53]}-{turned_id[:36]}"

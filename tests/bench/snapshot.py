@@ -27,12 +27,15 @@ import numpy as np
 from pydantic import SecretStr
 from rich.progress import track
 
+from loop.content import content_of
+from loop.events import decode_response
+from loop.minhash import sketches
 from loop.settings import SnapshotSettings, StoreSettings
 from loop.snapshot import make_snapshot
 from loop.store import open_store
 from loop.store.bulk import Row, open_bulk
 from loop.store.engine import write
-from loop.store.schema import examples
+from loop.store.schema import examples, rated_bodies, turn
 from tests.services_real import postgres_binaries, running_postgres
 
 NOW_MS = 1_790_000_000_000
@@ -88,22 +91,24 @@ def fill(settings: StoreSettings, count: int) -> float:
     store, made = open_store(settings), Traffic(count)
     size = 0
     for start in track(range(0, count, BATCH), "examples", disable=not sys.stderr.isatty()):
-        rows = made.rows(start, min(start + BATCH, count))
-        size += sum(len(row[-1]) for row in rows)
+        rows, events = made.rows(start, min(start + BATCH, count))
+        bodies = [(row[1], event) for row, event in zip(rows, events, strict=True)]
+        size += sum(map(len, events))
         with write(store) as connection:
-            if connection.dialect.name == "sqlite":
-                open_bulk(connection).insert(examples, rows)
-                continue
-            cursor: Any = connection.connection.cursor()
-            with cursor.copy("COPY examples FROM STDIN") as copy:
-                for row in rows:
-                    copy.write_row(row)
+            for table, of_table in ((examples, rows), (rated_bodies, bodies)):
+                if connection.dialect.name == "sqlite":
+                    open_bulk(connection).insert(table, of_table)
+                    continue
+                cursor: Any = connection.connection.cursor()
+                with cursor.copy(f"COPY {table.name} FROM STDIN") as copy:
+                    for row in of_table:
+                        copy.write_row(row)
     store.dispose()
     return size / count
 
 
 class Traffic:
-    """Rows of `examples`, made by the ten thousand: most of a row is taken from what was made beforehand."""
+    """Rows of `examples`, made by the ten thousand: most of an event is taken from what was made beforehand."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -114,13 +119,20 @@ class Traffic:
         self._prompt_ids, self._ids = ([self._token_ids(n) for _ in range(5_000)] for n in (45, 75))
         self._earlier: list[tuple[list[str], str]] = []
 
-    def rows(self, start: int, end: int) -> list[Row]:
-        """The rows from number `start` to before `end`."""
+    def rows(self, start: int, end: int) -> tuple[list[Row], list[bytes]]:
+        """The rows from number `start` to before `end`, and their events."""
         count = end - start
         picks = self._rng.random((5, count)).T.tolist()
-        bits = self._rng.integers(1 << 63, size=(3, count)).T.tolist()
+        bits = self._rng.integers(1 << 64, size=(3, count), dtype=np.uint64).T.tolist()
         texts = self._texts(count, PROMPT_WORDS)
-        return [self._row(start + n, texts[n], picks[n], bits[n]) for n in range(count)]
+        made = [self._row(start + n, texts[n], picks[n], bits[n]) for n in range(count)]
+        bodies = [decode_response(event).data for _, event in made]
+        contents = [content_of(data, data.choices[0]) for data in bodies]
+        sketched = sketches([content.asked for content in contents])
+        return [
+            (*row, *content[:-1], sketch, content.served)
+            for (row, _), content, sketch in zip(made, contents, sketched, strict=True)
+        ], [event for _, event in made]
 
     def _texts(self, count: int, words: int) -> list[list[str]]:
         # As often as by Zipf's law.
@@ -130,7 +142,7 @@ class Traffic:
     def _token_ids(self, count: int) -> str:
         return ",".join(map(str, (self._rng.random(count) ** 3 * 100_000).astype(int).tolist()))
 
-    def _row(self, n: int, words: list[str], picks: list[float], bits: list[int]) -> Row:
+    def _row(self, n: int, words: list[str], picks: list[float], bits: list[int]) -> tuple[Row, bytes]:
         kind, of_earlier, of_words, of_raters, is_up = picks
         answer = f"{self._answers[bits[0] % 5_000]} {n}"
         if self._earlier and kind < ASKED_AGAIN + ASKED_ALMOST_AGAIN:
@@ -169,10 +181,8 @@ class Traffic:
         day = _day(at_ms // DAY_MS)
         ups, downs = (len(raters), 0) if up else (0, len(raters))
         conversation = f"conversation-{key}"
-        return (
-            *(id, 0, key, day, "assistant@v000001", "live", conversation, ups, downs),
-            *(f"[{votes}]", at_ms, event.encode()),
-        )
+        row = (day, turn(id), 0, key, "assistant@v000001", "live", conversation, ups, downs, f"[{votes}]", at_ms)
+        return row, event.encode()
 
 
 @cache

@@ -23,6 +23,7 @@ from loop.store.routes import write_route
 from loop.store.runs import Stage, record_stage, request_run, set_run
 from loop.store.schema import examples
 from services.console.app import create_app
+from tests.contents import content_columns
 
 HOUR_MS = 3_600_000
 CHECKS: list[dict[str, Any]] = [
@@ -66,9 +67,9 @@ def fill(store: Engine, now_ms: int) -> None:
                 up = int(number % 10 < {"base": 5}.get(adapter, 7))
                 connection.execute(
                     insert(examples).values(
-                        response_id=f"chatcmpl-{adapter}-{number}", choice_index=0, key="0" * 16, day=today,
+                        turned_id=f"chatcmpl-{adapter}-{number}", choice_index=0, key="0" * 16, day=today,
                         adapter=adapter, arm=arm, conversation_id=None, up=up, down=1 - up, votes=[],
-                        voted_at_ms=now_ms, body=b"{}",
+                        voted_at_ms=now_ms, **content_columns(),
                     )
                 )  # fmt: skip
 

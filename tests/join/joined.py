@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import date
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 
+from loop.events import ResponseLogged, decode_response
 from loop.log import EventLog, LogUnavailableError
 from loop.settings import Settings
-from loop.store.examples import stream_examples
 from loop.store.joining import Reader, start_positions
+from loop.store.schema import examples, rated_bodies, turn_back
 from tests.conftest import wait_until
 from tests.join.oracle import Examples
 
@@ -42,7 +44,39 @@ def is_joined(store: Engine, log: EventLog, settings: Settings) -> bool:
     return all(tuple(offsets) == (ends[0][n], ends[1][n]) for n, offsets in positions.items())
 
 
-def examples_in(store: Engine, page_rows: int = 1_000) -> Examples:
+@dataclass(frozen=True)
+class Stored:
+    """An example with the event that it is of."""
+
+    response_id: str
+    choice_index: int
+    day: date
+    conversation_id: str | None
+    up: int
+    down: int
+    votes: list[dict[str, Any]]
+    event: bytes
+
+    @property
+    def body(self) -> ResponseLogged:
+        return decode_response(self.event).data
+
+
+def read_examples(store: Engine) -> list[Stored]:
+    """All examples of the store, in the order of their days and ids."""
+    names = ("turned_id", "choice_index", "day", "conversation_id", "up", "down", "votes")
+    columns = [examples.c[name] for name in names]
+    query = select(*columns, rated_bodies.c.body).outerjoin_from(
+        examples, rated_bodies, rated_bodies.c.turned_id == examples.c.turned_id
+    )
+    with store.connect() as connection:
+        rows = connection.execute(query.order_by(*examples.primary_key)).all()
+        bodies = connection.execute(select(rated_bodies.c.turned_id)).scalars().all()
+    assert set(bodies) == {row.turned_id for row in rows}  # none is missing, none is left behind
+    return [Stored(turn_back(row[0]), *row[1:-1], bytes(row.body)) for row in rows]
+
+
+def examples_in(store: Engine) -> Examples:
     """All examples of the store."""
     return {
         (e.response_id, e.choice_index): {
@@ -51,5 +85,5 @@ def examples_in(store: Engine, page_rows: int = 1_000) -> Examples:
             "down": e.down,
             "event": e.event,
         }
-        for e in stream_examples(store, date.min, page_rows=page_rows)
+        for e in read_examples(store)
     }

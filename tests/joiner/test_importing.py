@@ -17,8 +17,9 @@ from loop.importing import import_rows
 from loop.log.open import open_log
 from loop.settings import LogSettings, Settings, StoreSettings
 from loop.store import open_store
-from loop.store.examples import Example, count_labels, stream_examples
+from loop.store.examples import count_labels
 from services.joiner import Joiner
+from tests.join.joined import Stored, read_examples
 
 OASST = Path(__file__).parents[3] / "shared" / "data" / "oasst" / "oasst_thumbs_kto.jsonl"
 ROW: dict[str, Any] = {"prompt": "Is it?", "completion": "Yes.", "label": True}
@@ -31,7 +32,7 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
-def join_all(settings: Settings) -> list[Example]:
+def join_all(settings: Settings) -> list[Stored]:
     """Join what is in the log; returns the examples."""
     store, log = open_store(settings.store), open_log(settings.log)
     joiner = Joiner(settings, store, log)
@@ -44,7 +45,7 @@ def join_all(settings: Settings) -> list[Example]:
             return stop.is_set() or joiner.positions == ends
 
     joiner.run(UntilRead())
-    examples = list(stream_examples(store, date.min))
+    examples = read_examples(store)
     assert count_labels(store, date.min) == sum(e.up != e.down for e in examples)
     log.close()
     store.dispose()

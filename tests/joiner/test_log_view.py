@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from loop.log import EventLog, NewRecord
 from loop.log.open import open_log
 from loop.settings import LogSettings, Settings, StoreSettings
 from loop.store import open_store
-from loop.store.examples import stream_examples
 from services.joiner import Joiner
+from tests.join.joined import read_examples
 from tests.join.traffic import START_MS, feedback, response, response_id
 
 # kafka-python leaves sockets of its connection attempts to the garbage collector.
@@ -107,7 +106,7 @@ def test_dead_letters_are_shown_and_after_a_fix_joined(
     assert described(settings)[0] == {"end": 5, "position": 3, "lag": 2, "dead_letters": 0, "replayed": 2}
 
     join_all(settings, store, log)
-    (joined,) = stream_examples(store, date.min)
+    (joined,) = read_examples(store)
     assert (joined.response_id, joined.up) == (ID, 1)
     sums, (letter,) = described(settings)
     assert sums == {"end": 5, "position": 5, "lag": 0, "dead_letters": 1, "replayed": 2}

@@ -18,6 +18,7 @@ from loop.settings import EngineSettings, RolloutSettings
 from loop.store.engine import write
 from loop.store.routes import RouteChangedError, acknowledge_route, read_route, write_route
 from loop.store.schema import examples
+from tests.contents import content_columns
 
 NOW = 1_800_000_000_000
 
@@ -72,7 +73,7 @@ def vote(store: Engine, adapter: str, *, up: int, down: int, at_ms: int) -> None
         for i in range(up + down):
             connection.execute(
                 insert(examples).values(
-                    response_id=f"{adapter}-{at_ms}-{i}",
+                    turned_id=f"{adapter}-{at_ms}-{i}",
                     choice_index=0,
                     key="k",
                     day=__import__("datetime").date(2026, 1, 1),
@@ -83,7 +84,7 @@ def vote(store: Engine, adapter: str, *, up: int, down: int, at_ms: int) -> None
                     down=int(i >= up),
                     votes=[],
                     voted_at_ms=at_ms,
-                    body=b"",
+                    **content_columns(),
                 )
             )
 
@@ -210,6 +211,6 @@ def test_what_was_only_concluded_hides_no_thumb(store: Engine) -> None:
     vote(store, "base", up=1, down=0, at_ms=NOW)
     with write(store) as connection:  # a later answer of the conversation, which was copied
         rated = connection.execute(select(examples)).one()._asdict()
-        copied = rated | {"response_id": "later", "up": 0, "voted_at_ms": NOW + 1}
+        copied = rated | {"turned_id": "later", "up": 0, "voted_at_ms": NOW + 1}
         connection.execute(insert(examples).values(**copied))
     assert thumbs(fleet_of(store, FaultyReplica()), None, 0) == Thumbs(1, 0)

@@ -27,13 +27,13 @@ from loop.log.embedded import EmbeddedLog
 from loop.registry import get_adapter, register_candidate
 from loop.settings import GatewaySettings, LogSettings, Settings, SnapshotSettings, StoreSettings, TrainSettings
 from loop.snapshot import make_snapshot
-from loop.store.examples import stream_examples
 from loop.store.joining import Reader, apply, prepare
 from loop.store.runs import drop_lease, take_lease
 from services import forget as forgetting
 from services.cli import app
 from services.forget import _has_rows, forget
 from services.gateway.journal import Journal, left_in
+from tests.join.joined import read_examples
 
 NOW_MS = int(datetime.now(UTC).timestamp() * 1000)
 TOPICS = LogSettings().responses_topic, LogSettings().feedback_topic
@@ -90,7 +90,7 @@ class Machine:
 
     def raters(self) -> set[str]:
         """Who stands in the store."""
-        found = list(stream_examples(self.store, today() - timedelta(2)))
+        found = read_examples(self.store)
         return {vote["rater"] for example in found for vote in example.votes} | {
             example.body.rater or "" for example in found
         }

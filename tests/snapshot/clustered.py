@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from loop.snapshot.near import band_keys, clusters, shingle_sets
-from loop.snapshot.prompts import asked_words
+from loop.content import asked_words
+from loop.minhash import SKETCH, shingle_sets, sketches
+from loop.snapshot.near import band_keys, clusters
 from loop.snapshot.split import units_of
 
 
@@ -21,13 +22,12 @@ def clusters_of(texts: list[str], similarity: float, salt: str = "salt") -> list
         return []
     units = units_of(salt, "cluster", [text.encode() for text in texts])
     _, first, text_of = np.unique(units, return_index=True, return_inverse=True)
-    shingles, sizes = shingle_sets([texts[n].encode() for n in first])
-    starts = np.cumsum(sizes) - sizes
-    keys = band_keys(shingles, sizes, similarity)
+    asked = [texts[n].encode() for n in first]
+    sketch = np.frombuffer(b"".join(sketches(asked)), SKETCH)
+    keys = band_keys(sketch["least"], similarity)
 
     def sets_of(prompts: Any) -> Any:
-        parts = [shingles[starts[n] : starts[n] + sizes[n]] for n in prompts]
-        return np.concatenate([np.zeros(0, np.uint32), *parts])
+        return shingle_sets([asked[n] for n in prompts])[0]
 
-    found = clusters(len(first), len(keys), keys.__getitem__, sizes.astype(np.int32), sets_of, similarity)
+    found = clusters(len(first), len(keys), keys.__getitem__, sketch["size"].astype(np.int32), sets_of, similarity)
     return [int(n) for n in found[text_of]]

@@ -9,9 +9,10 @@ from typing import Any
 
 from sqlalchemy import Engine, insert
 
-from loop.events import Choice, ResponseLogged, encode
+from loop.events import Choice, ResponseLogged
 from loop.store import write
-from loop.store.schema import examples
+from loop.store.schema import examples, turn
+from tests.contents import content_columns
 
 NOW_MS = 1_790_000_000_000
 TODAY = datetime.fromtimestamp(NOW_MS / 1000, UTC).date()
@@ -64,7 +65,7 @@ def _stored(fields: dict[str, Any]) -> dict[str, Any]:
         for rater, value, weight, hlc, *correction in fields["votes"]
     ]
     return {
-        "response_id": response_id,
+        "turned_id": turn(response_id),
         "choice_index": 0,
         "key": f"{fields['number']:016x}",
         "day": TODAY - timedelta(days=fields["days_ago"]),
@@ -75,5 +76,4 @@ def _stored(fields: dict[str, Any]) -> dict[str, Any]:
         "down": sum(vote["value"] == "down" for vote in votes),
         "votes": json.loads(json.dumps(votes)),
         "voted_at_ms": NOW_MS,
-        "body": encode(body, event_id=response_id, key=response_id[9:25], source="test", now_ms=NOW_MS),
-    }
+    } | content_columns(body)

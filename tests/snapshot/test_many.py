@@ -20,6 +20,7 @@ from loop.snapshot.collect import collect
 from loop.store import open_store, write
 from loop.store.bulk import Row
 from loop.store.engine import StoreUnavailableError
+from loop.store.examples import Block
 from loop.store.schema import examples
 from tests.bench.snapshot import NOW_MS, Traffic, fill
 
@@ -28,10 +29,9 @@ SETTINGS = SnapshotSettings(held_out_share=0.2)
 
 def put(store: Engine, rows: list[Row]) -> None:
     names = [column.name for column in examples.columns]
-    values = [
-        dict(zip(names, row, strict=True)) | {"day": date.fromisoformat(row[3]), "votes": json.loads(row[9])}
-        for row in rows
-    ]
+    values = [dict(zip(names, row, strict=True)) for row in rows]
+    for value in values:
+        value |= {"day": date.fromisoformat(value["day"]), "votes": json.loads(value["votes"])}
     with write(store) as connection:
         connection.execute(examples.insert(), values)
 
@@ -41,7 +41,7 @@ def test_processes_read_the_same_as_one(
 ) -> None:
     monkeypatch.setattr(make, "SMALL_WINDOW", 100)
     store = open_store(store_settings)
-    put(store, Traffic(2_000).rows(0, 2_000))
+    put(store, Traffic(2_000).rows(0, 2_000)[0])
     made = [
         make_snapshot(
             store,
@@ -60,30 +60,35 @@ def test_processes_read_the_same_as_one(
     assert len(set(ids)) == len(ids) > 800
 
 
+BLOCKS = [Block(date(2026, 9, n + 1), "", "~") for n in range(20)]
+
+
 def test_a_store_that_is_away_is_told_apart_from_a_failure(tmp_path: Path) -> None:
     away = create_engine("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
     with pytest.raises(StoreUnavailableError, match="is it running"):
-        collect(away, SETTINGS, date.min, [tmp_path / "0", tmp_path / "1"], 1)
+        collect(away, SETTINGS, BLOCKS, tmp_path, 2)
 
 
 def test_a_process_that_fails_says_why(store: Engine, tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     with pytest.raises(RuntimeError, match="FileExistsError"):
-        collect(store, SETTINGS, date.min, [tmp_path / "0", tmp_path / "1"], 1)
+        collect(store, SETTINGS, BLOCKS, tmp_path, 2)
 
 
 MEASURED = """
 import sys
+from functools import partial
 from pathlib import Path
 from pydantic import SecretStr
 from loop.settings import SnapshotSettings, StoreSettings
 import pyarrow
-from loop.snapshot import make, make_snapshot, spool, write
+from loop.snapshot import collect, make_snapshot, spool, write
 from loop.store import open_store
 from tests.bench.snapshot import NOW_MS
 
 # What is kept whatever the number of rows, made small; and freed at once.
-make.SMALL_WINDOW, spool.BATCH_ROWS, spool.PIECES_BYTES, write.ROW_GROUP = 100, 512, 2 << 20, 256
+collect.stream_examples = partial(collect.stream_examples, page_rows=100)
+spool.BATCH_ROWS, write.ROW_GROUP = 512, 256
 pyarrow.set_memory_pool(pyarrow.system_memory_pool())
 store = open_store(StoreSettings(url=SecretStr(sys.argv[1])))
 made = make_snapshot(store, SnapshotSettings(processes=1), out=Path(sys.argv[2]), now_ms=NOW_MS)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loop.content import asked_words, message_text, normal_words
 from loop.snapshot.balance import class_weights
 from loop.snapshot.curate import Vote, newest_within, settle
-from loop.snapshot.prompts import asked_words, message_text, normal_words
 from tests.snapshot.clustered import clusters_of
 
 amounts = st.floats(0.01, 1e6)

@@ -21,7 +21,7 @@ from loop.settings import StoreSettings
 from loop.store import erasures, open_store, write
 from loop.store.bulk import Bulk
 from loop.store.erasures import erase, read_erased
-from loop.store.schema import dead_letters, examples, response_index, responses, votes
+from loop.store.schema import dead_letters, examples, rated_bodies, response_index, responses, votes
 from tests.join.joined import examples_in
 from tests.join.oracle import examples_of
 from tests.join.traffic import FEEDBACK, RESPONSES, START_MS, colliding_events, feedback, response, response_id
@@ -114,7 +114,7 @@ def check(store: Engine, seed: int, size: int, random_: random.Random, kind: Kin
     assert examples_in(store) == examples_of(without(events, kind, subject), RESPONSES)
     with store.connect() as connection:
         given = connection.execute(select(votes.c.rater, votes.c.response_id)).all()
-        bodies = [*connection.execute(select(responses.c.body)), *connection.execute(select(examples.c.body))]
+        bodies = [*connection.execute(select(responses.c.body)), *connection.execute(select(rated_bodies.c.body))]
         indexed = connection.execute(select(response_index)).all()
     asked = [decode_response(bytes(body)).data for (body,) in bodies]
     assert subject not in {row.rater for row in given} | {row.response_id for row in given}
@@ -189,7 +189,9 @@ def test_a_users_response_that_comes_after_the_erasure_is_left_out_with_the_vote
     apply(store, READER, batch_of(response(ID, rater=ANN)), {})
     apply(store, READER, batch_of(vote), {})
     with store.connect() as connection:
-        assert [len(connection.execute(select(table)).all()) for table in (votes, responses, examples)] == [0, 0, 0]
+        assert [
+            len(connection.execute(select(table)).all()) for table in (votes, responses, examples, rated_bodies)
+        ] == [0] * 4
     assert ID in read_erased(store).responses
 
 

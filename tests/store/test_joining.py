@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from sqlalchemy import Engine, func, select
 
+from loop.content import decode_served
 from loop.join import Batch, DeadLetter
 from loop.log import LogUnavailableError, NewRecord
 from loop.settings import StoreSettings
@@ -28,17 +29,15 @@ from loop.store.dead_letters import (
     send_dead_letters,
 )
 from loop.store.engine import checkpoint
-from loop.store.examples import count_labels, has_more_examples, stream_examples
+from loop.store.examples import count_labels, find_blocks, has_more_examples, stream_examples
 from loop.store.joining import (
     Offsets,
     PositionMovedError,
     pending_votes,
     start_positions,
-    turn,
-    turn_back,
 )
-from loop.store.schema import dead_letters, erasures, responses, votes
-from tests.join.joined import examples_in
+from loop.store.schema import dead_letters, erasures, responses, turn, turn_back, votes
+from tests.join.joined import examples_in, read_examples
 from tests.join.oracle import examples_of
 from tests.join.traffic import (
     FEEDBACK,
@@ -354,25 +353,29 @@ def test_a_replay_into_a_log_made_anew_leaves_what_becomes_a_dead_letter_there(s
     assert count_dead_letters(store)[FEEDBACK, 0] == (3, 3)
 
 
-def test_examples_stream_in_parts_and_are_counted(store: Engine) -> None:
+def test_examples_stream_in_pages_and_are_counted(store: Engine) -> None:
     day_ms = 86_400_000
-    ids = [response_id(f"{n:016x}", n) for n in range(25)]
+    ids = [response_id(f"{n:x}" * 16, n) for n in range(15)] + [f"cmpl-{n:016x}-{'0' * 36}" for n in range(5)]
     served = [response(id, at_ms=START_MS + n % 3 * day_ms, adapter="a@v000001") for n, id in enumerate(ids)]
     thumbs = [feedback(f"f{n}", "up" if n % 5 else "down", HLC, response_id=id) for n, id in enumerate(ids)]
     tie = [feedback(f"t{n}", v, HLC, response_id=ids[1], rater=v) for n, v in enumerate(("down",))]
     apply(store, READER, batch_of(*served, *thumbs, *tie), {})
-    found = list(stream_examples(store, date.min, page_rows=4))
-    parts = [list(stream_examples(store, date.min, part=n, parts=3, page_rows=4)) for n in range(3)]
-    assert all(parts)
-    assert sorted(e.response_id for e in found) == sorted(e.response_id for part in parts for e in part) == sorted(ids)
-    assert found[0].body.messages == [{"role": "user", "content": "Is it?"}]
+    stored = read_examples(store)
+    blocks = find_blocks(store, date.min)
+    for rows in (100, 3, 1):
+        found = list(stream_examples(store, blocks, page_rows=rows))
+        assert [(e.response_id, e.votes) for e in found] == [(e.response_id, e.votes) for e in stored]
+    assert decode_served(found[0].served).messages == (("user", "Is it?"),)
     assert found[0].votes[0].keys() == {"rater", "value", "weight", "source", "hlc"}
-    assert count_labels(store, date.min) == 24  # a tie is no label
     since = date(2025, 10, 10)
-    assert {e.day for e in found} > {e.day for e in stream_examples(store, since)}
-    assert has_more_examples(store, date.min, 24)
-    assert not has_more_examples(store, date.min, 25)
-    assert count_labels(store, since) == sum(e.day >= since and e.up != e.down for e in found)
+    later = [e for e in stored if e.day >= since]
+    found = list(stream_examples(store, find_blocks(store, since)))
+    assert [e.response_id for e in found] == [e.response_id for e in later]
+    assert 0 < len(later) < 20
+    assert has_more_examples(store, date.min, 19)
+    assert not has_more_examples(store, date.min, 20)
+    assert count_labels(store, date.min) == 19  # a tie is no label
+    assert count_labels(store, since) == sum(e.up != e.down for e in later)
 
 
 @pytest.mark.parametrize("id", [ID, f"cmpl-{'0f' * 8}-{'0' * 36}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date
 from typing import Any
 
 import pytest
@@ -11,13 +12,14 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, inspect, select, text
 
-from loop.events import message_digest
+from loop.events import Choice, ResponseLogged, encode, message_digest
 from loop.settings import StoreSettings
 from loop.snapshot.split import load_known
 from loop.store import open_store, write
 from loop.store.migrate import SCRIPTS, upgrade
 from loop.store.partitions import ensure_days
-from loop.store.schema import REVISION, dead_letters, metadata, response_index, votes
+from loop.store.schema import REVISION, dead_letters, metadata, response_index, turn, votes
+from tests.contents import content_columns
 from tests.services_real import RealPostgres
 
 
@@ -101,6 +103,16 @@ def test_an_older_store_is_brought_forward_with_what_it_holds(bare: Engine, stor
             text("INSERT INTO split_units VALUES ('rater', :a, true), ('cluster', :b, false), ('cluster', :c, true)"),
             {"a": f"{7:016x}", "b": f"{2**64 - 1:016x}", "c": f"{9:016x}"},
         )
+        data = rated(choices=2)
+        event = encode(data, event_id="e", key=KEY, source="test", now_ms=1)
+        for choice in (0, 1):
+            connection.execute(
+                text(
+                    "INSERT INTO examples VALUES (:id, :choice, :key, '2026-01-02', 'a@v000001', 'live', NULL, 1, 0,"
+                    " '[]', 7, :body)"
+                ),
+                {"id": data.response_id, "choice": choice, "key": KEY, "body": event},
+            )
     store = open_store(store_settings)
     known = load_known(store)
     assert (known.held_raters.tolist(), known.held_conversations.tolist()) == ([7], [])
@@ -114,7 +126,25 @@ def test_an_older_store_is_brought_forward_with_what_it_holds(bare: Engine, stor
             None,
         ]
         assert connection.execute(select(votes.c.message_id, votes.c.correction)).one() == (digest, None)
+        examples = connection.execute(select(metadata.tables["examples"]).order_by("choice_index")).all()
+        bodies = connection.execute(select(metadata.tables["rated_bodies"])).all()
+    assert bodies == [(turn(data.response_id), event)]
+    kept = {"turned_id": turn(data.response_id), "day": date(2026, 1, 2), "arm": "live", "up": 1, "voted_at_ms": 7}
+    for choice, example in enumerate(examples):
+        found = example._asdict()
+        assert found.items() >= (kept | {"choice_index": choice} | content_columns(data, choice)).items()
+    assert len(examples) == 2
     store.dispose()
+
+
+KEY = "0f" * 8
+
+
+def rated(choices: int) -> ResponseLogged:
+    made = [Choice(message={"content": f"Answer {n}."}, index=n, token_ids=[n, 7]) for n in range(choices)]
+    return ResponseLogged(
+        response_id=f"chatcmpl-{KEY}-{'0' * 36}", choices=made, prompt="Is this it?", prompt_token_ids=[1, 2]
+    )
 
 
 def test_autovacuum_leaves_alone_what_is_only_added(postgres: RealPostgres) -> None:

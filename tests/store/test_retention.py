@@ -9,10 +9,10 @@ from sqlalchemy import Engine, func, select, text
 from sqlalchemy.exc import OperationalError
 
 from loop.store import retention
-from loop.store.joining import pending_votes, turn_back
+from loop.store.joining import pending_votes
 from loop.store.partitions import ensure_days, oldest_day
 from loop.store.retention import retire
-from loop.store.schema import response_index, responses, votes
+from loop.store.schema import response_index, responses, turn_back, votes
 from tests.join.joined import examples_in
 from tests.join.traffic import DAY_MS, START_MS, feedback, response, response_id
 from tests.store.joined import READER, apply, batch_of

@@ -37,3 +37,9 @@ def contains(values: Sorted, wanted: npt.NDArray[Any]) -> Flags:
         return np.zeros(len(wanted), bool)
     found: Flags = values[np.minimum(np.searchsorted(values, wanted), len(values) - 1)] == wanted
     return found
+
+
+def distinct(values: npt.NDArray[Any]) -> Sorted:
+    """The values once each, sorted. Unlike numpy's `unique` it sorts first, which is faster from some thousands on."""
+    ordered = np.sort(values)
+    return ordered[is_first(ordered)]
