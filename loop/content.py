@@ -10,6 +10,7 @@ import re
 from array import array
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import msgspec
@@ -29,13 +30,25 @@ Messages = tuple[tuple[str, str], ...]
 
 
 class Served(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A prompt and its answer, as texts and as token ids."""
+    """A prompt and its answer, as texts in UTF-8 and as token ids.
 
-    messages: Messages
-    answer: str
+    What there is several of stands one behind the other, with the sizes in bytes beside it: so columns of many are made
+    without a look into any. Numbers are int32, little-endian.
+    """
+
+    roles: bytes
+    role_sizes: bytes
+    texts: bytes
+    text_sizes: bytes
+    answer: bytes
     prompt_ids: bytes | None
-    """int32, little-endian; None where the ids of the prompt or of the answer are not known. So `completion_ids`."""
+    """None where the ids of the prompt or of the answer are not known. So `completion_ids`."""
     completion_ids: bytes | None
+
+    @property
+    def messages(self) -> Messages:
+        """The prompt's."""
+        return tuple(zip(_parted(self.roles, self.role_sizes), _parted(self.texts, self.text_sizes), strict=True))
 
 
 class Content(NamedTuple):
@@ -75,7 +88,13 @@ def content_of(data: ResponseLogged, choice: Choice) -> Content:
     elif not (answer or completion_ids):
         unfit = "empty"
     is_known = prompt_ids is not None and completion_ids is not None
-    served = Served(messages, answer, prompt_ids, completion_ids) if is_known else Served(messages, answer, None, None)
+    roles, texts = (
+        [part.encode() for part in parts] for parts in (zip(*messages, strict=True) if messages else ((), ()))
+    )
+    served = Served(
+        *(b"".join(roles), _sizes(roles), b"".join(texts), _sizes(texts), answer.encode()),
+        *((prompt_ids, completion_ids) if is_known else (None, None)),
+    )
     return Content(
         unfit=unfit,
         tokens=(len(prompt_ids or b"") + len(completion_ids or b"")) // 4 if is_known else None,
@@ -96,6 +115,15 @@ def prompt_digest(messages: Messages) -> int:
 def pair_digest(messages: Messages, answer: str) -> int:
     """64 bits of the messages and an answer to them, signed."""
     return _digest(_encode((messages, answer)))
+
+
+def _sizes(parts: list[bytes]) -> bytes:
+    return array("i", map(len, parts)).tobytes()
+
+
+def _parted(joined: bytes, sizes: bytes) -> list[str]:
+    ends = list(accumulate(array("i", sizes)))
+    return [joined[begin:end].decode() for begin, end in pairwise([0, *ends])]
 
 
 def _digest(data: bytes) -> int:

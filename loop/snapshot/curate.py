@@ -51,12 +51,8 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     votes: list[Vote]
     pair_digest: int
     """Of the prompt and of what is learned as its answer."""
+    conversation_id: str
     correction: str | None = None
-
-    @property
-    def conversation_id(self) -> str:
-        """Without a conversation an example is one of its own."""
-        return self.example.conversation_id or self.example.response_id
 
 
 class Label(msgspec.Struct, frozen=True):
@@ -94,7 +90,7 @@ def to_rows(example: Example, settings: SnapshotSettings) -> list[Row | str]:
     corrections = [(vote, vote.correction) for vote in cast if vote.correction is not None]
     if corrections:
         served = decode_served(example.served)
-        known = None if isinstance(rows[0], str) else served.answer
+        known = None if isinstance(rows[0], str) else served.answer.decode()
         rows += [
             _corrected(example, served.messages, vote, correction, settings)
             for vote, correction in corrections
@@ -117,7 +113,7 @@ def _served(example: Example, cast: list[_Cast], settings: SnapshotSettings) -> 
             return "untemplated"
     elif settings.max_tokens is not None and example.tokens > settings.max_tokens:
         return "too_long"
-    return Row(example, example_id, votes, example.pair_digest)
+    return Row(example, example_id, votes, example.pair_digest, _conversation_id(example))
 
 
 def _corrected(
@@ -136,7 +132,12 @@ def _corrected(
         return "untemplated"
     example_id = f"{example.response_id}/{example.choice_index}/correction/{vote.rater}"
     digest = pair_digest(messages, correction)
-    return Row(example, example_id, [_vote(vote, example_id, True)], digest, correction)
+    return Row(example, example_id, [_vote(vote, example_id, True)], digest, _conversation_id(example), correction)
+
+
+def _conversation_id(example: Example) -> str:
+    """Without a conversation an example is one of its own."""
+    return example.conversation_id or example.response_id
 
 
 def _vote(vote: _Cast, example_id: str, up: bool) -> Vote:

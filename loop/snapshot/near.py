@@ -10,6 +10,8 @@ the time stays within a constant times the number of distinct prompts, whatever 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,8 @@ U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
+
+T = TypeVar("T")
 
 MISSED = 1e-3
 NEIGHBOURS = 8
@@ -63,10 +67,7 @@ def clusters(
     themselves, flat. Which prompts share a cluster depends on the order that they are in: neighbours in a bucket do.
     """
     parent = np.arange(count, dtype=np.int32)
-    following = keys_of(0)
-    for band in range(bands):
-        keys, following = following, keys_of((band + 1) % bands)
-        entries, start = _shared_buckets(keys, following)
+    for entries, start in _ahead(_shared_buckets_of(bands, keys_of)):
         for left, right in _candidates(entries, start):
             # Sets whose sizes differ by more than the threshold cannot be similar enough: most pairs end here.
             apart = (parent[left] != parent[right]) & (
@@ -79,6 +80,22 @@ def clusters(
                 similar = _jaccard(one, other, sizes, sets_of) >= similarity
                 parent = _unite(parent, one[similar], other[similar])
     return parent
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each made while its user has the one before it."""
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def _shared_buckets_of(bands: int, keys_of: Callable[[int], U64]) -> Iterator[tuple[I32, I32]]:
+    following = keys_of(0)
+    for band in range(bands):
+        keys, following = following, keys_of((band + 1) % bands)
+        yield _shared_buckets(keys, following)
 
 
 def _shared_buckets(keys: U64, following: U64) -> tuple[I32, I32]:

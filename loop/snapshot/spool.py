@@ -165,10 +165,11 @@ class Spooled:
         return shingle_sets([os.pread(file, size, start) for start, size in spans])[0]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All rows, in order."""
+        """All rows, in order, once: what was read is gone from the disk."""
         for folder in self._folders:
             with pa.OSFile(str(folder / ROWS)) as file, pa.ipc.open_stream(file) as batches:
                 yield from batches
+            (folder / ROWS).unlink()
 
     def votes(self, start: int, size: int) -> list[Vote]:
         """The votes on the row that takes these of all votes' bytes."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loop.content import Served, decode_served
+from loop.content import decode_served
 from loop.snapshot.curate import Label, Row
+
+Flags = npt.NDArray[np.bool_]
+I64 = npt.NDArray[np.int64]
 
 FORMAT = 1
 TRAIN, HELD_OUT, MANIFEST = "train.parquet", "held_out.parquet", "manifest.json"
@@ -43,31 +46,35 @@ SCHEMA = pa.schema(
 ROW_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in ("label", "weight")])
 _OF_FEW_VALUES = ["adapter", "source", "prompt.list.element.role", "completion.list.element.role"]
 ROW_GROUP = 4_096
-_WRITES_AHEAD = 2
+_ADDED_AHEAD = 4
 
 
 def row_batch(rows: Sequence[Row], labels: Sequence[Label]) -> pa.RecordBatch:
     """Rows, and whom their labels are ascribed to, in the columns of ROW_SCHEMA."""
-    served = [_served(row) for row in rows]
-    messages = [message for one in served for message in one.messages]
+    served = [decode_served(row.example.served) for row in rows]
+    is_known = [one.prompt_ids is not None and row.correction is None for row, one in zip(rows, served, strict=True)]
+    answers = [
+        one.answer if row.correction is None else row.correction.encode() for row, one in zip(rows, served, strict=True)
+    ]
     columns = {
-        "prompt": _message_lists([len(one.messages) for one in served], messages),
-        "completion": _message_lists([1] * len(rows), [("assistant", one.answer) for one in served]),
-        "prompt_ids": _id_lists([one.prompt_ids for one in served]),
-        "completion_ids": _id_lists([one.completion_ids for one in served]),
+        "prompt": _messages(
+            _sizes([one.role_sizes for one in served]) // 4,
+            _texts([one.roles for one in served], _numbers([one.role_sizes for one in served])),
+            _texts([one.texts for one in served], _numbers([one.text_sizes for one in served])),
+        ),
+        "completion": _messages(
+            np.ones(len(rows), np.int64), strings(["assistant"] * len(rows)), _texts(answers, _sizes(answers))
+        ),
+        "prompt_ids": _id_lists([one.prompt_ids for one in served], is_known),
+        "completion_ids": _id_lists([one.completion_ids for one in served], is_known),
         "example_id": strings([row.example_id for row in rows]),
         "conversation_id": strings([row.conversation_id for row in rows]),
         "rater": strings([label.rater for label in labels]),
         "raters": string_lists([label.raters for label in labels]),
         "adapter": strings([row.example.adapter for row in rows]),
-        "source": strings(["template" if one.prompt_ids is None else "served" for one in served]),
+        "source": strings(["served" if known else "template" for known in is_known]),
     }
     return pa.RecordBatch.from_arrays([columns[name] for name in ROW_SCHEMA.names], schema=ROW_SCHEMA)
-
-
-def _served(row: Row) -> Served:
-    served = decode_served(row.example.served)
-    return served if row.correction is None else Served(served.messages, row.correction, None, None)
 
 
 def strings(texts: Sequence[str | None]) -> pa.Array:
@@ -80,21 +87,32 @@ def string_lists(lists: Sequence[Sequence[str]]) -> pa.Array:
     return pa.array(lists, pa.list_(pa.string()))
 
 
-def _message_lists(sizes: Sequence[int], messages: Sequence[tuple[str, str]]) -> pa.Array:
-    """So many messages for each row, of messages that follow each other."""
-    roles, contents = (strings([message[n] for message in messages]) for n in range(2))
+def _messages(sizes: I64, roles: pa.Array, contents: pa.Array) -> pa.Array:
+    """So many messages for each row."""
     return pa.ListArray.from_arrays(_offsets(sizes), pa.StructArray.from_arrays([roles, contents], ["role", "content"]))
 
 
-def _id_lists(packed: Sequence[bytes | None]) -> pa.Array:
-    """A list of token ids, or none, for each of what `Served` has of them."""
-    known = [ids or b"" for ids in packed]
-    sizes = np.array(list(map(len, known)), np.int64) // 4
-    mask = pa.array([ids is None for ids in packed], pa.bool_())
-    return pa.ListArray.from_arrays(_offsets(sizes), pa.array(np.frombuffer(b"".join(known), "<i4")), mask=mask)
+def _texts(joined: Sequence[bytes], sizes: npt.NDArray[Any]) -> pa.Array:
+    """A column of texts of these sizes, in UTF-8, which stand one behind the other."""
+    return pa.StringArray.from_buffers(len(sizes), _offsets(sizes).buffers()[1], pa.py_buffer(b"".join(joined)))
 
 
-def _offsets(sizes: Sequence[int] | npt.NDArray[np.int64]) -> pa.Array:
+def _id_lists(packed: Sequence[bytes | None], are_known: Sequence[bool]) -> pa.Array:
+    """A list of token ids, or none, for each row."""
+    known = [ids if ids is not None and is_known else b"" for ids, is_known in zip(packed, are_known, strict=True)]
+    mask = ~np.array(are_known, bool)
+    return pa.ListArray.from_arrays(_offsets(_sizes(known) // 4), pa.array(_numbers(known)), mask=pa.array(mask))
+
+
+def _numbers(packed: Sequence[bytes]) -> npt.NDArray[np.int32]:
+    return np.frombuffer(b"".join(packed), "<i4")
+
+
+def _sizes(parts: Sequence[bytes]) -> I64:
+    return np.array(list(map(len, parts)), np.int64)
+
+
+def _offsets(sizes: npt.NDArray[Any]) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
 
 
@@ -118,38 +136,37 @@ class RowFile:
         self._thread.shutdown()
         self._writer.close()
 
-    def add(self, rows: pa.RecordBatch, labels: npt.NDArray[np.bool_], weights: npt.NDArray[np.float64]) -> None:
-        """Append rows of ROW_SCHEMA with their labels and weights."""
-        columns = {"label": pa.array(labels), "weight": pa.array(weights)}
-        columns |= {name: rows[name] for name in ROW_SCHEMA.names}
-        self._pending.append(pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA))
-        self._rows, self._up = self._rows + len(rows), self._up + int(labels.sum())
-        pending = sum(map(len, self._pending))
-        if pending >= ROW_GROUP:
-            table = pa.Table.from_batches(self._pending)
-            whole = pending - pending % ROW_GROUP
-            for begin in range(0, whole, ROW_GROUP):
-                self._write(table.slice(begin, ROW_GROUP))
-            self._pending = table.slice(whole).to_batches()
+    def add(self, rows: Callable[[], pa.RecordBatch], labels: Flags, weights: npt.NDArray[np.float64]) -> None:
+        """Append rows of ROW_SCHEMA, which are made in the thread, with their labels and weights."""
+        self._writes.append(self._thread.submit(self._add, rows, labels, weights))
+        if len(self._writes) > _ADDED_AHEAD:
+            self._writes.popleft().result()
 
     def finish(self) -> dict[str, Any]:
         """Write what is left; returns the file's SHA-256, and how many rows of either label it has."""
+        for write in self._writes:
+            write.result()
         if self._pending:
-            self._write(pa.Table.from_batches(self._pending))
-        self._wait(0)
+            self._writer.write_table(pa.Table.from_batches(self._pending).combine_chunks())
         self._writer.close()
         with self._path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         return {"sha256": digest, "desirable": self._up, "undesirable": self._rows - self._up}
 
-    def _write(self, rows: pa.Table) -> None:
-        self._writes.append(self._thread.submit(lambda: self._writer.write_table(rows.combine_chunks())))
-        self._wait(_WRITES_AHEAD)
-
-    def _wait(self, ahead: int) -> None:
-        while len(self._writes) > ahead:
-            self._writes.popleft().result()
+    def _add(self, rows: Callable[[], pa.RecordBatch], labels: Flags, weights: npt.NDArray[np.float64]) -> None:
+        made = rows()
+        columns = {"label": pa.array(labels), "weight": pa.array(weights)}
+        columns |= {name: made[name] for name in ROW_SCHEMA.names}
+        self._pending.append(pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA))
+        self._rows, self._up = self._rows + len(labels), self._up + int(labels.sum())
+        pending = sum(map(len, self._pending))
+        if pending >= ROW_GROUP:
+            table = pa.Table.from_batches(self._pending)
+            whole = pending - pending % ROW_GROUP
+            for begin in range(0, whole, ROW_GROUP):
+                self._writer.write_table(table.slice(begin, ROW_GROUP).combine_chunks())
+            self._pending = table.slice(whole).to_batches()
 
 
 def identify(content: dict[str, Any]) -> str:
