@@ -322,6 +322,11 @@ def test_a_correction_is_a_desirable_row_of_its_own_without_token_ids() -> None:
         assert (row["prompt_ids"], row["completion_ids"]) == (None, None)
 
 
+def test_a_correction_that_is_the_answer_is_no_row_of_its_own() -> None:
+    made, train, _ = snapshot_of([example(1, votes=[("a", "up", 1.0, 1, "It costs 1 crowns.")])], train_settings())
+    assert (made.read, [row["source"] for row in train]) == (1, ["served"])
+
+
 def test_a_correction_is_learnt_from_though_the_answer_is_not() -> None:
     vote = ("a", "down", 1.0, 1, "All of it.")
     made, train, _ = snapshot_of([example(1, finish_reason="length", votes=[vote])], train_settings())
