@@ -110,7 +110,8 @@ def _min_hashes(shingles: U32, starts: I64, sizes: I64) -> U32:
     A permutation is x·a + b modulo 2^32, with odd a. First all sets' first shingles, then all their second ones, and so
     on: so the arrays are as wide as there are sets, whatever their sizes.
     """
-    a, b = np.random.default_rng(0).integers(0, 1 << 32, (2, PERMUTATIONS, 1), dtype=np.uint32)
+    # Not of numpy's generator: sketches are kept, and its numbers may be others in another version.
+    a, b = (_mixed(np.arange(1, 2 * PERMUTATIONS + 1, dtype=np.uint64)) >> _SHIFT).astype(np.uint32).reshape(2, -1, 1)
     a |= np.uint32(1)
     least = np.full((PERMUTATIONS, len(sizes)), np.iinfo(np.uint32).max, np.uint32)
     hashed = np.empty_like(least)
