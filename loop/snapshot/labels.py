@@ -52,9 +52,8 @@ class Labels:
         self._set.append(row)
         self._ends.append(self._ends[-1] + self._file.write(_encode((label.rater, label.raters))))
 
-    def ascribed(self, batch: pa.RecordBatch, begin: int, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
-        """These rows, of the batch from row `begin` on, with `rater` and `raters` of the labels that were set."""
-        batch = batch.take(pa.array(rows - begin))
+    def ascribe(self, batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
+        """The batch of these rows, with `rater` and `raters` of the labels that were set."""
         at = np.flatnonzero(contains(self._sorted, rows))
         if len(at) == 0:
             return batch

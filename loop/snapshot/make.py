@@ -7,7 +7,6 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
 from glob import escape
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from sqlalchemy import Engine
 
 from loop.settings import SnapshotSettings
@@ -255,6 +255,6 @@ def _write(
             ):
                 desirable = labels.desirable[part] == 1
                 weight = labels.weight[part] * np.where(desirable, *weights)
-                file.add(partial(labels.ascribed, batch, begin, part), desirable, weight)
+                file.add(labels.ascribe(batch.take(pa.array(part - begin)), part), desirable, weight)
         files = {name: file.finish() for name, file in ((TRAIN, train), (HELD_OUT, held))}
     return {"files": files, "weights": {"desirable": lambdas[0], "undesirable": lambdas[1]}}

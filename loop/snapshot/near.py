@@ -30,14 +30,14 @@ MISSED = 1e-3
 NEIGHBOURS = 8
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(32)
-_MARK_BITS = 40  # of a key's that no mark has: 2^24 marks
+_MARK_BITS = 8  # the last ones of a key, which no mark has: so marks are 2^24
 _PAIRS_AT_ONCE = 100_000
 _ENTRIES_AT_ONCE = 500_000
 
 
-def band_keys(least: U32, similarity: float) -> U64:
+def band_keys(least: U32, similarity: float) -> U32:
     """One bucket key for each band and set, of the sets' `SKETCH["least"]`: [n, PERMUTATIONS] -> [bands, n]. Rows of a
-    band are as many as leave a miss at the threshold unlikely.
+    band are as many as leave a miss at the threshold unlikely. Sets that share a key by chance are told apart exactly.
     """
     rows = next((r for r in (16, 8, 4, 2) if (1 - min(similarity, 0.999) ** r) ** (PERMUTATIONS // r) <= MISSED), 1)
     by_row = np.ascontiguousarray(least.T).reshape(PERMUTATIONS // rows, rows, -1)
@@ -45,7 +45,7 @@ def band_keys(least: U32, similarity: float) -> U64:
     for row in range(rows):
         keys = (keys ^ by_row[:, row]) * _MIX
         keys ^= keys >> np.uint64(29)
-    return keys
+    return (keys >> _SHIFT).astype(np.uint32)
 
 
 def count_bands(similarity: float) -> int:
@@ -56,7 +56,7 @@ def count_bands(similarity: float) -> int:
 def clusters(
     count: int,
     bands: int,
-    keys_of: Callable[[int], U64],
+    keys_of: Callable[[int], U32],
     sizes: I32,
     sets_of: Callable[[I64], U32],
     similarity: float,
@@ -91,14 +91,14 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _shared_buckets_of(bands: int, keys_of: Callable[[int], U64]) -> Iterator[tuple[I32, I32]]:
+def _shared_buckets_of(bands: int, keys_of: Callable[[int], U32]) -> Iterator[tuple[I32, I32]]:
     following = keys_of(0)
     for band in range(bands):
         keys, following = following, keys_of((band + 1) % bands)
         yield _shared_buckets(keys, following)
 
 
-def _shared_buckets(keys: U64, following: U64) -> tuple[I32, I32]:
+def _shared_buckets(keys: U32, following: U32) -> tuple[I32, I32]:
     """Prompts that share their bucket with another one, bucket by bucket, and the place where each one's bucket begins:
     [m], [m]. Within a bucket, prompts that agree on the following band too lie side by side.
     """
@@ -106,12 +106,11 @@ def _shared_buckets(keys: U64, following: U64) -> tuple[I32, I32]:
     repeated = ordered[~is_first(ordered)]
     repeated = repeated[is_first(repeated)]
     # Few prompts share a bucket. A mark at the keys' first bits leaves little more than those to be looked up.
-    shift = np.uint64(_MARK_BITS)
-    marks = np.zeros(1 << (64 - _MARK_BITS), bool)
-    marks[repeated >> shift] = True
-    maybe = np.flatnonzero(marks[keys >> shift])
+    marks = np.zeros(1 << (32 - _MARK_BITS), bool)
+    marks[repeated >> np.uint32(_MARK_BITS)] = True
+    maybe = np.flatnonzero(marks[keys >> np.uint32(_MARK_BITS)])
     entries = maybe[contains(repeated, keys[maybe])]
-    entries = entries[np.lexsort((entries, following[entries], keys[entries]))]
+    entries = entries[np.argsort(keys[entries].astype(np.uint64) << _SHIFT | following[entries], kind="stable")]
     return entries.astype(np.int32), run_starts(keys[entries]).astype(np.int32)
 
 

@@ -10,9 +10,9 @@ A folder of these files is written by one process; several are read as one, whos
 from __future__ import annotations
 
 import os
-import shutil
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -133,11 +133,7 @@ class Spooled:
     def __init__(self, folders: Sequence[Path], similarity: float) -> None:
         self._folders = folders
         self.bands = count_bands(similarity)
-        for name in ("votes", "asked"):  # what is read here and there: in one place
-            for folder in folders[1:]:
-                with (folder / name).open("rb") as source, (folders[0] / name).open("ab") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-        self._votes, self._asked = (folders[0] / "votes").open("rb"), (folders[0] / "asked").open("rb")
+        self._votes, self._asked = (_Pieces([folder / name for folder in folders]) for name in ("votes", "asked"))
 
     def __enter__(self) -> Spooled:
         return self
@@ -148,7 +144,7 @@ class Spooled:
 
     def column(self, name: str) -> Column:
         """A column of all rows, in an array of its own."""
-        dtype = np.dtype(COLUMNS.get(name, np.uint64))
+        dtype = np.dtype(COLUMNS.get(name, np.uint32))
         sizes = [(folder / name).stat().st_size for folder in self._folders]
         values = np.empty(sum(sizes) // dtype.itemsize, dtype)
         into, at = values.view(np.uint8).data, 0
@@ -161,8 +157,7 @@ class Spooled:
 
     def shingles(self, starts: I64, sizes: I64) -> U32:
         """The shingles of prompts, flat, whose words these are of all asked ones' bytes."""
-        file, spans = self._asked.fileno(), zip(starts.tolist(), sizes.tolist(), strict=True)
-        return shingle_sets([os.pread(file, size, start) for start, size in spans])[0]
+        return shingle_sets(list(map(self._asked.read, starts.tolist(), sizes.tolist())))[0]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows, in order, once: what was read is gone from the disk."""
@@ -173,5 +168,23 @@ class Spooled:
 
     def votes(self, start: int, size: int) -> list[Vote]:
         """The votes on the row that takes these of all votes' bytes."""
-        votes: list[Vote] = _decode_votes(os.pread(self._votes.fileno(), size, start))
+        votes: list[Vote] = _decode_votes(self._votes.read(start, size))
         return votes
+
+
+class _Pieces:
+    """Files that are read as one. No one read goes over a file's end."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files = [path.open("rb") for path in paths]
+        self._begins = list(accumulate((path.stat().st_size for path in paths[:-1]), initial=0))
+
+    def read(self, start: int, size: int) -> bytes:
+        """So many bytes from this place on."""
+        n = bisect_right(self._begins, start) - 1
+        return os.pread(self._files[n].fileno(), size, start - self._begins[n])
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()

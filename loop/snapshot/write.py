@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ SCHEMA = pa.schema(
 ROW_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in ("label", "weight")])
 _OF_FEW_VALUES = ["adapter", "source", "prompt.list.element.role", "completion.list.element.role"]
 ROW_GROUP = 4_096
-_ADDED_AHEAD = 4
+_WRITES_AHEAD = 2
 
 
 def row_batch(rows: Sequence[Row], labels: Sequence[Label]) -> pa.RecordBatch:
@@ -122,8 +123,8 @@ class RowFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd", use_dictionary=_OF_FEW_VALUES)
+        self._file = _HashedFile(path)
+        self._writer = pq.ParquetWriter(self._file, SCHEMA, compression="zstd", use_dictionary=_OF_FEW_VALUES)
         self._thread = ThreadPoolExecutor(1, "parquet")
         self._writes: deque[Future[None]] = deque()
         self._pending: list[pa.RecordBatch] = []
@@ -135,29 +136,12 @@ class RowFile:
     def __exit__(self, *exc: object) -> None:
         self._thread.shutdown()
         self._writer.close()
+        self._file.close()
 
-    def add(self, rows: Callable[[], pa.RecordBatch], labels: Flags, weights: npt.NDArray[np.float64]) -> None:
-        """Append rows of ROW_SCHEMA, which are made in the thread, with their labels and weights."""
-        self._writes.append(self._thread.submit(self._add, rows, labels, weights))
-        if len(self._writes) > _ADDED_AHEAD:
-            self._writes.popleft().result()
-
-    def finish(self) -> dict[str, Any]:
-        """Write what is left; returns the file's SHA-256, and how many rows of either label it has."""
-        for write in self._writes:
-            write.result()
-        if self._pending:
-            self._writer.write_table(pa.Table.from_batches(self._pending).combine_chunks())
-        self._writer.close()
-        with self._path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        return {"sha256": digest, "desirable": self._up, "undesirable": self._rows - self._up}
-
-    def _add(self, rows: Callable[[], pa.RecordBatch], labels: Flags, weights: npt.NDArray[np.float64]) -> None:
-        made = rows()
+    def add(self, rows: pa.RecordBatch, labels: Flags, weights: npt.NDArray[np.float64]) -> None:
+        """Append rows of ROW_SCHEMA with their labels and weights."""
         columns = {"label": pa.array(labels), "weight": pa.array(weights)}
-        columns |= {name: made[name] for name in ROW_SCHEMA.names}
+        columns |= {name: rows[name] for name in ROW_SCHEMA.names}
         self._pending.append(pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA))
         self._rows, self._up = self._rows + len(labels), self._up + int(labels.sum())
         pending = sum(map(len, self._pending))
@@ -165,8 +149,38 @@ class RowFile:
             table = pa.Table.from_batches(self._pending)
             whole = pending - pending % ROW_GROUP
             for begin in range(0, whole, ROW_GROUP):
-                self._writer.write_table(table.slice(begin, ROW_GROUP).combine_chunks())
+                self._write(table.slice(begin, ROW_GROUP))
             self._pending = table.slice(whole).to_batches()
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; returns the file's SHA-256, and how many rows of either label it has."""
+        if self._pending:
+            self._write(pa.Table.from_batches(self._pending))
+        self._wait(0)
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"sha256": self._file.sha256.hexdigest(), "desirable": self._up, "undesirable": self._rows - self._up}
+
+    def _write(self, rows: pa.Table) -> None:
+        self._writes.append(self._thread.submit(lambda: self._writer.write_table(rows.combine_chunks())))
+        self._wait(_WRITES_AHEAD)
+
+    def _wait(self, ahead: int) -> None:
+        while len(self._writes) > ahead:
+            self._writes.popleft().result()
+
+
+class _HashedFile(io.BufferedWriter):
+    """A new file, and the hash of what is written to it, one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return super().write(data)
 
 
 def identify(content: dict[str, Any]) -> str:
