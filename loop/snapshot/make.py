@@ -186,6 +186,7 @@ def _prompts(rows: Spooled, similarity: float) -> tuple[U64, I32, I32]:
         rows.bands,
         lambda band: rows.column(f"band_{band}")[first],
         rows.column("shingles")[first],
+        rows.column("signature")[first],
         lambda prompts: rows.shingles(starts[prompts], lengths[prompts]),
         similarity,
     )

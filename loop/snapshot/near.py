@@ -48,6 +48,19 @@ def band_keys(least: U32, similarity: float) -> U32:
     return (keys >> _SHIFT).astype(np.uint32)
 
 
+def signatures(least: U32) -> U64:
+    """The last bit of each of a set's `SKETCH["least"]`: [n, PERMUTATIONS] -> [n]. Two sets have each bit in common
+    with a probability of (1 + their similarity) / 2 (Li, König, "b-Bit Minwise Hashing", 2010).
+    """
+    return np.packbits(least & 1, axis=1).view(np.uint64).ravel()
+
+
+def _fewest_in_common(similarity: float) -> int:
+    """How many bits of their signatures sets of this similarity have in common but for a chance of some 1 in 10,000."""
+    share = (1 + similarity) / 2
+    return int(PERMUTATIONS * share - 4 * (PERMUTATIONS * share * (1 - share)) ** 0.5)
+
+
 def count_bands(similarity: float) -> int:
     """How many bands `band_keys` makes."""
     return len(band_keys(np.zeros((0, PERMUTATIONS), np.uint32), similarity))
@@ -58,22 +71,26 @@ def clusters(
     bands: int,
     keys_of: Callable[[int], U32],
     sizes: I32,
+    signatures: U64,
     sets_of: Callable[[I64], U32],
     similarity: float,
 ) -> I32:
     """The cluster of each of `count` prompts: the smallest index in it.
 
-    `keys_of(band)` are the prompts' bucket keys [count], `sizes` those of their sets, `sets_of(prompts)` the sets
-    themselves, flat. Which prompts share a cluster depends on the order that they are in: neighbours in a bucket do.
+    `keys_of(band)` are the prompts' bucket keys [count], `sizes` and `signatures` those of their sets [count], and
+    `sets_of(prompts)` the sets themselves, flat. Which prompts share a cluster depends on the order that they are in:
+    neighbours in a bucket do.
     """
-    parent = np.arange(count, dtype=np.int32)
+    parent, fewest = np.arange(count, dtype=np.int32), _fewest_in_common(similarity)
     for entries, start in _ahead(_shared_buckets_of(bands, keys_of)):
         for left, right in _candidates(entries, start):
-            # Sets whose sizes differ by more than the threshold cannot be similar enough: most pairs end here.
+            # Sets that share a bucket by chance end here: their sizes differ too much, or their signatures.
             apart = (parent[left] != parent[right]) & (
                 np.minimum(sizes[left], sizes[right]) >= similarity * np.maximum(sizes[left], sizes[right])
             )
-            packed = distinct(left[apart].astype(np.int64) << 32 | right[apart])
+            left, right = left[apart], right[apart]
+            alike = PERMUTATIONS - np.bitwise_count(signatures[left] ^ signatures[right]) >= fewest
+            packed = distinct(left[alike].astype(np.int64) << 32 | right[alike])
             for begin in range(0, len(packed), _PAIRS_AT_ONCE):
                 pairs = packed[begin : begin + _PAIRS_AT_ONCE]
                 one, other = pairs >> 32, pairs & 0xFFFFFFFF
@@ -115,26 +132,29 @@ def _shared_buckets(keys: U32, following: U32) -> tuple[I32, I32]:
 
 
 def _candidates(entries: I32, start: I32) -> Iterator[tuple[I32, I32]]:
-    """Pairs of prompts to look at: each with its bucket's first and its NEIGHBOURS before it."""
+    """Pairs of prompts to look at: each with its bucket's first, and then with its NEIGHBOURS before it."""
     for begin in range(0, len(entries), _ENTRIES_AT_ONCE):
         place = np.arange(begin, min(begin + _ENTRIES_AT_ONCE, len(entries)))
-        lefts, rights = [start[place]], [place]
-        for back in range(1, NEIGHBOURS + 1):
-            inside = place[place - back > start[place]]
-            lefts.append(inside - back)
-            rights.append(inside)
-        left, right = np.concatenate(lefts), np.concatenate(rights)
-        yield entries[left[left != right]], entries[right[left != right]]
+        later = place[place > start[place]]
+        yield entries[start[later]], entries[later]
+        inside = [place[place - back > start[place]] for back in range(1, NEIGHBOURS + 1)]
+        right = np.concatenate(inside)
+        yield entries[right - np.repeat(np.arange(1, NEIGHBOURS + 1), list(map(len, inside)))], entries[right]
 
 
 def _jaccard(left: I64, right: I64, sizes: I32, sets_of: Callable[[I64], U32]) -> npt.NDArray[np.float64]:
     """Exact similarity of each pair: [p], [p] -> [p]."""
+    prompts, at = np.unique(np.concatenate([left, right]), return_inverse=True)
+    flat, ends = sets_of(prompts), np.cumsum(sizes[prompts], dtype=np.int64)
     pair = np.arange(len(left), dtype=np.uint64)
-    keys = np.concatenate(
-        [np.repeat(pair, sizes[side]) << _SHIFT | sets_of(side).astype(np.uint64) for side in (left, right)]
-    )
-    keys.sort()
-    in_both = keys[1:][~is_first(keys)[1:]] >> _SHIFT
+    keys = []
+    for side, places in ((left, at[: len(left)]), (right, at[len(left) :])):
+        size = sizes[side].astype(np.int64)
+        inside = np.arange(size.sum()) - np.repeat(np.cumsum(size) - ends[places], size)
+        keys.append(np.repeat(pair, size) << _SHIFT | flat[inside].astype(np.uint64))
+    together = np.concatenate(keys)
+    together.sort()
+    in_both = together[1:][~is_first(together)[1:]] >> _SHIFT
     shared = np.bincount(in_both.astype(np.int64), minlength=len(left))
     return shared / (sizes[left].astype(np.int64) + sizes[right] - shared)
 

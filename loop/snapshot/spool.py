@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from loop.minhash import SKETCH, shingle_sets
 from loop.snapshot.curate import Label, Row, Vote
-from loop.snapshot.near import band_keys, count_bands
+from loop.snapshot.near import band_keys, count_bands, signatures
 from loop.snapshot.split import CLUSTER, CONVERSATION, RATER, units_of
 from loop.snapshot.write import ROW_SCHEMA, row_batch
 
@@ -45,6 +45,7 @@ COLUMNS = {
     "asked": np.uint8,  # the words that the prompt is clustered on, some bytes to a row
     "asked_size": np.int32,
     "shingles": np.int32,  # how many the prompt has
+    "signature": np.uint64,  # of these
     "label": np.int8,  # 1 desirable, 0 undesirable, -1 where the votes come to nothing
     "weight": np.float64,
     "hlc": np.int64,
@@ -113,6 +114,7 @@ class Spool:
             "asked": np.frombuffer(b"".join(asked), np.uint8),
             "asked_size": np.array(list(map(len, asked))),
             "shingles": sketch["size"],
+            "signature": signatures(sketch["least"]),
             "label": np.array([-1 if label is None else label.desirable for label in settled]),
             "weight": np.array([label.weight for label in labels]),
             "hlc": np.array([label.hlc for label in labels]),
@@ -157,7 +159,7 @@ class Spooled:
 
     def shingles(self, starts: I64, sizes: I64) -> U32:
         """The shingles of prompts, flat, whose words these are of all asked ones' bytes."""
-        return shingle_sets(list(map(self._asked.read, starts.tolist(), sizes.tolist())))[0]
+        return shingle_sets(self._asked.read(starts.tolist(), sizes.tolist()))[0]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows, in order, once: what was read is gone from the disk."""
@@ -168,7 +170,7 @@ class Spooled:
 
     def votes(self, start: int, size: int) -> list[Vote]:
         """The votes on the row that takes these of all votes' bytes."""
-        votes: list[Vote] = _decode_votes(self._votes.read(start, size))
+        votes: list[Vote] = _decode_votes(self._votes.read([start], [size])[0])
         return votes
 
 
@@ -179,10 +181,16 @@ class _Pieces:
         self._files = [path.open("rb") for path in paths]
         self._begins = list(accumulate((path.stat().st_size for path in paths[:-1]), initial=0))
 
-    def read(self, start: int, size: int) -> bytes:
-        """So many bytes from this place on."""
-        n = bisect_right(self._begins, start) - 1
-        return os.pread(self._files[n].fileno(), size, start - self._begins[n])
+    def read(self, starts: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+        """So many bytes from each of these places on."""
+        pieces = [bisect_right(self._begins, start) - 1 for start in starts]
+        spans = [
+            (self._files[n].fileno(), size, start - self._begins[n])
+            for n, start, size in zip(pieces, starts, sizes, strict=True)
+        ]
+        for file, size, start in spans:  # so that the disk is asked for all of it at once, not for one after the other
+            os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
+        return [os.pread(*span) for span in spans]
 
     def close(self) -> None:
         """Close the files."""

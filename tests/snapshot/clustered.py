@@ -8,7 +8,7 @@ import numpy as np
 
 from loop.content import asked_words
 from loop.minhash import SKETCH, shingle_sets, sketches
-from loop.snapshot.near import band_keys, clusters
+from loop.snapshot.near import band_keys, clusters, signatures
 from loop.snapshot.split import units_of
 
 
@@ -29,5 +29,13 @@ def clusters_of(texts: list[str], similarity: float, salt: str = "salt") -> list
     def sets_of(prompts: Any) -> Any:
         return shingle_sets([asked[n] for n in prompts])[0]
 
-    found = clusters(len(first), len(keys), keys.__getitem__, sketch["size"].astype(np.int32), sets_of, similarity)
+    found = clusters(
+        len(first),
+        len(keys),
+        keys.__getitem__,
+        sketch["size"].astype(np.int32),
+        signatures(sketch["least"]),
+        sets_of,
+        similarity,
+    )
     return [int(n) for n in found[text_of]]
