@@ -1,7 +1,7 @@
 """What a snapshot needs to know of a response's choice, made once, when the choice becomes an example. Pure.
 
 An example is read every night for as long as it is in the window, its votes change now and then, and what was served
-never does. So the parts of it that decisions take are columns of the store, and a night decodes no event.
+never does. So no night decodes an event.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -29,13 +29,23 @@ Messages = tuple[tuple[str, str], ...]
 """(role, text) of each."""
 
 
-class Served(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A prompt and its answer, as texts in UTF-8 and as token ids.
+class Content(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A prompt and its answer, and what decisions take of them. As MessagePack it stands in the store.
 
     What there is several of stands one behind the other, with the sizes in bytes beside it: so columns of many are made
-    without a look into any. Numbers are int32, little-endian.
+    without a look into any. Texts are UTF-8, sizes and token ids int32, little-endian.
     """
 
+    unfit: str | None
+    """The step of the snapshot's curation that the choice falls at, whatever its votes and the settings."""
+    prompt_is_text: bool
+    answer_is_text: bool
+    """Whether a chat template makes the same of it as the engine's did: there are no images and no tool calls."""
+    asked: bytes
+    """See `asked_words`."""
+    prompt_digest: int
+    pair_digest: int
+    """64 bits, signed, of the prompt's messages, and of these and the answer."""
     roles: bytes
     role_sizes: bytes
     texts: bytes
@@ -50,28 +60,16 @@ class Served(msgspec.Struct, frozen=True, array_like=True, gc=False):
         """The prompt's."""
         return tuple(zip(_parted(self.roles, self.role_sizes), _parted(self.texts, self.text_sizes), strict=True))
 
-
-class Content(NamedTuple):
-    """Columns of `examples`, in their order."""
-
-    unfit: str | None
-    """The step of the snapshot's curation that the choice falls at, whatever its votes and the settings."""
-    tokens: int | None
-    """Of prompt and answer; None where the ids are not known."""
-    prompt_is_text: bool
-    answer_is_text: bool
-    """Whether a chat template makes the same of it as the engine's did: there are no images and no tool calls."""
-    asked: bytes
-    """See `asked_words`."""
-    prompt_digest: int
-    pair_digest: int
-    """64 bits, signed, of the prompt's messages, and of these and the answer."""
-    served: bytes
-    """`Served` as MessagePack."""
+    @property
+    def tokens(self) -> int | None:
+        """Of prompt and answer; None where the ids are not known."""
+        if self.prompt_ids is None or self.completion_ids is None:
+            return None
+        return (len(self.prompt_ids) + len(self.completion_ids)) // 4
 
 
-_encode = msgspec.msgpack.Encoder().encode
-decode_served = msgspec.msgpack.Decoder(Served).decode
+encode_content = msgspec.msgpack.Encoder().encode
+decode_content = msgspec.msgpack.Decoder(Content).decode
 
 
 def content_of(data: ResponseLogged, choice: Choice) -> Content:
@@ -87,34 +85,36 @@ def content_of(data: ResponseLogged, choice: Choice) -> Content:
         unfit = "truncated"
     elif not (answer or completion_ids):
         unfit = "empty"
-    is_known = prompt_ids is not None and completion_ids is not None
+    if prompt_ids is None or completion_ids is None:
+        prompt_ids = completion_ids = None
     roles, texts = (
         [part.encode() for part in parts] for parts in (zip(*messages, strict=True) if messages else ((), ()))
     )
-    served = Served(
-        *(b"".join(roles), _sizes(roles), b"".join(texts), _sizes(texts), answer.encode()),
-        *((prompt_ids, completion_ids) if is_known else (None, None)),
-    )
     return Content(
         unfit=unfit,
-        tokens=(len(prompt_ids or b"") + len(completion_ids or b"")) // 4 if is_known else None,
         prompt_is_text=(data.messages is not None or data.prompt is not None) and all(map(_is_text, given)),
         answer_is_text=_is_text(choice.message),
         asked=asked_words(messages),
         prompt_digest=prompt_digest(messages),
         pair_digest=pair_digest(messages, answer),
-        served=_encode(served),
+        roles=b"".join(roles),
+        role_sizes=_sizes(roles),
+        texts=b"".join(texts),
+        text_sizes=_sizes(texts),
+        answer=answer.encode(),
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
     )
 
 
 def prompt_digest(messages: Messages) -> int:
     """64 bits of the messages, signed."""
-    return _digest(_encode(messages))
+    return _digest(encode_content(messages))
 
 
 def pair_digest(messages: Messages, answer: str) -> int:
     """64 bits of the messages and an answer to them, signed."""
-    return _digest(_encode((messages, answer)))
+    return _digest(encode_content((messages, answer)))
 
 
 def _sizes(parts: list[bytes]) -> bytes:

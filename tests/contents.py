@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loop.content import content_of
+from loop.content import content_of, encode_content
 from loop.events import Choice, ResponseLogged
 from loop.minhash import sketches
 
@@ -14,4 +14,4 @@ NOTHING = ResponseLogged(response_id=f"chatcmpl-{'0' * 16}-{'0' * 36}", choices=
 def content_columns(data: ResponseLogged = NOTHING, choice: int = 0) -> dict[str, Any]:
     """Of the response's choice that stands at this place."""
     content = content_of(data, data.choices[choice])
-    return content._asdict() | {"sketch": sketches([content.asked])[0]}
+    return {"sketch": sketches([content.asked])[0], "content": encode_content(content)}

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from loop.content import Messages, decode_served, pair_digest
+from loop.content import Content, decode_content, pair_digest
 from loop.events import IMPLICIT_SOURCES
 from loop.settings import SnapshotSettings
 from loop.sorted_arrays import run_sizes, run_starts
@@ -47,6 +47,7 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     """An example, or a correction of it, that passed the steps which look at it alone."""
 
     example: Example
+    content: Content
     example_id: str
     votes: list[Vote]
     pair_digest: int
@@ -85,39 +86,37 @@ _decode_votes = msgspec.json.Decoder(list[_Cast]).decode
 
 def to_rows(example: Example, settings: SnapshotSettings) -> list[Row | str]:
     """The served answer and the raters' corrections, each as a row or the name of the step that drops it."""
-    cast = _decode_votes(example.votes_json)
-    rows = [_served(example, cast, settings)]
-    corrections = [(vote, vote.correction) for vote in cast if vote.correction is not None]
-    if corrections:
-        served = decode_served(example.served)
-        known = None if isinstance(rows[0], str) else served.answer.decode()
-        rows += [
-            _corrected(example, served.messages, vote, correction, settings)
-            for vote, correction in corrections
-            if correction != known
-        ]
-    return rows
+    cast, content = _decode_votes(example.votes_json), decode_content(example.content)
+    served = _served(example, content, cast, settings)
+    known = None if isinstance(served, str) else content.answer
+    corrected = [
+        _corrected(example, content, vote, vote.correction, settings)
+        for vote in cast
+        if vote.correction is not None and vote.correction.encode() != known
+    ]
+    return [served, *corrected]
 
 
-def _served(example: Example, cast: list[_Cast], settings: SnapshotSettings) -> Row | str:
+def _served(example: Example, content: Content, cast: list[_Cast], settings: SnapshotSettings) -> Row | str:
     example_id = f"{example.response_id}/{example.choice_index}"
     votes = [_vote(vote, example_id, vote.value == "up") for vote in cast if vote.weight > 0]
     if not votes:
         return "unlabelled"
-    if example.unfit is not None:
-        return example.unfit
-    if example.tokens is None:
+    if content.unfit is not None:
+        return content.unfit
+    tokens = content.tokens
+    if tokens is None:
         if not settings.allow_untokenized:
             return "untokenized"
-        if not (example.prompt_is_text and example.answer_is_text):
+        if not (content.prompt_is_text and content.answer_is_text):
             return "untemplated"
-    elif settings.max_tokens is not None and example.tokens > settings.max_tokens:
+    elif settings.max_tokens is not None and tokens > settings.max_tokens:
         return "too_long"
-    return Row(example, example_id, votes, example.pair_digest, _conversation_id(example))
+    return Row(example, content, example_id, votes, content.pair_digest, _conversation_id(example))
 
 
 def _corrected(
-    example: Example, messages: Messages, vote: _Cast, correction: str, settings: SnapshotSettings
+    example: Example, content: Content, vote: _Cast, correction: str, settings: SnapshotSettings
 ) -> Row | str:
     """One rater's correction: nobody sampled it, so it has no token ids; desirable, whatever the rater thinks of the
     answer that it corrects.
@@ -128,11 +127,11 @@ def _corrected(
         return "empty"
     if not settings.allow_untokenized:
         return "untokenized"
-    if not example.prompt_is_text:
+    if not content.prompt_is_text:
         return "untemplated"
     example_id = f"{example.response_id}/{example.choice_index}/correction/{vote.rater}"
-    digest = pair_digest(messages, correction)
-    return Row(example, example_id, [_vote(vote, example_id, True)], digest, _conversation_id(example), correction)
+    digest, votes = pair_digest(content.messages, correction), [_vote(vote, example_id, True)]
+    return Row(example, content, example_id, votes, digest, _conversation_id(example), correction)
 
 
 def _conversation_id(example: Example) -> str:

@@ -83,7 +83,7 @@ class Spool:
     def add(self, row: Row, label: Label | None) -> None:
         """Append a row; `label` is what its own votes come to."""
         self._batch.append((row, label))
-        self._batch_bytes += len(row.example.served)
+        self._batch_bytes += len(row.example.content)
         if len(self._batch) == BATCH_ROWS or self._batch_bytes > BATCH_BYTES:
             self._flush()
 
@@ -93,17 +93,16 @@ class Spool:
             return
         rows, settled = zip(*batch, strict=True)
         labels = [label or _NO_LABEL for label in settled]
-        examples = [row.example for row in rows]
-        asked = [example.asked for example in examples]
+        asked = [row.content.asked for row in rows]
         voters = [[vote.who for vote in row.votes if vote.named] for row in rows]
         voter_units = units_of(self._salt, RATER, [who.encode() for who in chain.from_iterable(voters)])
         unit_of = dict(zip(chain.from_iterable(voters), voter_units.tolist(), strict=True))
         votes = [_encode_votes(row.votes) for row in rows]
-        sketch = np.frombuffer(b"".join([example.sketch for example in examples]), SKETCH)
+        sketch = np.frombuffer(b"".join([row.example.sketch for row in rows]), SKETCH)
         columns: dict[str, Column] = {
             # Answers that read alike but were sampled as other tokens are one: people voted on what they read.
             "pair": np.array([row.pair_digest for row in rows], np.int64).view(np.uint64),
-            "exact_prompt": np.array([example.prompt_digest for example in examples], np.int64).view(np.uint64),
+            "exact_prompt": np.array([row.content.prompt_digest for row in rows], np.int64).view(np.uint64),
             "prompt": units_of(self._salt, CLUSTER, asked),
             "conversation": units_of(self._salt, CONVERSATION, [row.conversation_id.encode() for row in rows]),
             "rater": np.array([unit_of[label.rater] if label.rater is not None else 0 for label in labels], np.uint64),

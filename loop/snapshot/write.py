@@ -17,7 +17,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loop.content import decode_served
 from loop.snapshot.curate import Label, Row
 
 Flags = npt.NDArray[np.bool_]
@@ -52,11 +51,9 @@ _WRITES_AHEAD = 2
 
 def row_batch(rows: Sequence[Row], labels: Sequence[Label]) -> pa.RecordBatch:
     """Rows, and whom their labels are ascribed to, in the columns of ROW_SCHEMA."""
-    served = [decode_served(row.example.served) for row in rows]
-    is_known = [one.prompt_ids is not None and row.correction is None for row, one in zip(rows, served, strict=True)]
-    answers = [
-        one.answer if row.correction is None else row.correction.encode() for row, one in zip(rows, served, strict=True)
-    ]
+    served = [row.content for row in rows]
+    is_known = [row.content.prompt_ids is not None and row.correction is None for row in rows]
+    answers = [row.content.answer if row.correction is None else row.correction.encode() for row in rows]
     columns = {
         "prompt": _messages(
             _sizes([one.role_sizes for one in served]) // 4,

@@ -29,15 +29,8 @@ class Example(msgspec.Struct, frozen=True, gc=False):
     votes_json: str
     """One entry for each rater whose last vote stands, sorted by rater:
     {"rater", "value": "up" | "down", "weight", "source", "hlc", "correction" (where there is one)}."""
-    unfit: str | None
-    tokens: int | None
-    prompt_is_text: bool
-    answer_is_text: bool
-    asked: bytes
-    prompt_digest: int
-    pair_digest: int
     sketch: bytes
-    served: bytes
+    content: bytes
 
     @property
     def votes(self) -> list[dict[str, Any]]:
@@ -67,15 +60,8 @@ _TYPES = {
     "adapter": "text",
     "conversation_id": "text",
     "{votes}": "text",
-    "unfit": "text",
-    "tokens": "int4",
-    "prompt_is_text": "bool",
-    "answer_is_text": "bool",
-    "asked": "bytea",
-    "prompt_digest": "int8",
-    "pair_digest": "int8",
     "sketch": "bytea",
-    "served": "bytea",
+    "content": "bytea",
 }
 _PAGE = (
     f"SELECT {', '.join(_TYPES)} FROM examples WHERE day = {{}} AND (turned_id, choice_index) > ({{}}, {{}})"

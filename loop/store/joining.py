@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 from sqlalchemy import Engine, func, select
 
+from loop.content import encode_content
 from loop.erasure import Erased
 from loop.events import decode_response
 from loop.join import (
@@ -408,10 +409,9 @@ def _detail(vote: Vote) -> str:
 
 def _example_row(e: Joined, sketch: bytes) -> tuple[object, ...]:
     standing = msgspec.json.encode(e.votes).decode()
-    *facts, served = e.content
     return (
         *(e.day, turn(e.response_id), e.choice_index, e.key, e.adapter, e.arm, e.conversation_id),
-        *(e.up, e.down, standing, e.voted_at_ms, *facts, sketch, served),
+        *(e.up, e.down, standing, e.voted_at_ms, sketch, encode_content(e.content)),
     )
 
 

@@ -95,7 +95,7 @@ votes = Table(
 )
 
 # A response's choice with the votes that stand on it: what snapshots read, in the order of its key. Of the event itself
-# it has what training can use; columns that decisions take are before the one that only a chosen row is read for.
+# it has what training can use.
 examples = Table(
     "examples",
     metadata,
@@ -112,16 +112,8 @@ examples = Table(
     # stands; `up` and `down` count those of them that are thumbs
     Column("votes", Json, nullable=False),
     Column("voted_at_ms", BigInteger, nullable=False),
-    # `loop.content.Content`, and the `loop.minhash.SKETCH` of `asked`
-    Column("unfit", String(16)),
-    Column("tokens", Integer),
-    Column("prompt_is_text", Boolean, nullable=False),
-    Column("answer_is_text", Boolean, nullable=False),
-    Column("asked", Bytes, nullable=False),
-    Column("prompt_digest", BigInteger, nullable=False),
-    Column("pair_digest", BigInteger, nullable=False),
-    Column("sketch", Bytes, nullable=False),
-    Column("served", Bytes, nullable=False),
+    Column("sketch", Bytes, nullable=False),  # the `loop.minhash.SKETCH` of what was asked
+    Column("content", Bytes, nullable=False),  # a `loop.content.Content`
     Index("examples_adapter", "adapter", "voted_at_ms"),
     Index("examples_labels", "day", "up", "down"),  # to be counted
     sqlite_with_rowid=False,

@@ -27,7 +27,7 @@ import numpy as np
 from pydantic import SecretStr
 from rich.progress import track
 
-from loop.content import content_of
+from loop.content import content_of, encode_content
 from loop.events import decode_response
 from loop.minhash import sketches
 from loop.settings import SnapshotSettings, StoreSettings
@@ -130,7 +130,7 @@ class Traffic:
         contents = [content_of(data, data.choices[0]) for data in bodies]
         sketched = sketches([content.asked for content in contents])
         return [
-            (*row, *content[:-1], sketch, content.served)
+            (*row, sketch, encode_content(content))
             for (row, _), content, sketch in zip(made, contents, sketched, strict=True)
         ], [event for _, event in made]
 

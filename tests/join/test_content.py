@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loop.content import Content, content_of, decode_served, pair_digest, prompt_digest
+from loop.content import Content, content_of, decode_content, encode_content, pair_digest, prompt_digest
 from loop.events import Choice, ResponseLogged, decode_response, encode
 from loop.minhash import PERMUTATIONS, SKETCH, shingle_sets, sketches
 
@@ -38,7 +38,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"))
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), texts.filter(bool))
 def test_what_was_served_is_read_back(messages: list[tuple[str, str]], answer: str) -> None:
     made = response({"content": answer}, messages=[{"role": role, "content": text} for role, text in messages])
-    served = decode_served(made.served)
+    served = decode_content(encode_content(made))
     assert (served.messages, served.answer.decode()) == (tuple(messages), answer)
     assert made.prompt_digest == prompt_digest(tuple(messages))
     assert made.pair_digest == pair_digest(tuple(messages), answer)
@@ -49,13 +49,13 @@ def test_what_was_served_is_read_back(messages: list[tuple[str, str]], answer: s
 
 def test_a_prompt_of_a_completion_is_one_message() -> None:
     made = response(messages=None, prompt="Is it?")
-    assert decode_served(made.served).messages == (("user", "Is it?"),)
+    assert made.messages == (("user", "Is it?"),)
     assert (made.prompt_is_text, made.asked) == (True, b"is it")
 
 
 def test_a_prompt_of_which_no_text_is_known_is_none() -> None:
     made = response(messages=None)
-    assert (made.prompt_is_text, made.asked, decode_served(made.served).messages) == (False, b"", (("user", ""),))
+    assert (made.prompt_is_text, made.asked, made.messages) == (False, b"", (("user", ""),))
     assert not response(messages=[]).asked
 
 
@@ -81,7 +81,7 @@ def test_an_answer_without_text_and_tokens_is_empty() -> None:
 @pytest.mark.parametrize("ids", [None, [], [1, -1], [1, 2**31]])
 def test_ids_are_known_of_both_or_of_neither(ids: list[int] | None) -> None:
     for made in (response(choice={"token_ids": ids}), response(prompt_token_ids=ids)):
-        served = decode_served(made.served)
+        served = decode_content(encode_content(made))
         assert (served.prompt_ids, served.completion_ids, made.tokens) == (None, None, None)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from sqlalchemy import Engine, func, select
 
-from loop.content import decode_served
+from loop.content import decode_content
 from loop.join import Batch, DeadLetter
 from loop.log import LogUnavailableError, NewRecord
 from loop.settings import StoreSettings
@@ -365,7 +365,7 @@ def test_examples_stream_in_pages_and_are_counted(store: Engine) -> None:
     for rows in (100, 3, 1):
         found = list(stream_examples(store, blocks, page_rows=rows))
         assert [(e.response_id, e.votes) for e in found] == [(e.response_id, e.votes) for e in stored]
-    assert decode_served(found[0].served).messages == (("user", "Is it?"),)
+    assert decode_content(found[0].content).messages == (("user", "Is it?"),)
     assert found[0].votes[0].keys() == {"rater", "value", "weight", "source", "hlc"}
     since = date(2025, 10, 10)
     later = [e for e in stored if e.day >= since]

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from loop.content import content_of
+from loop.content import content_of, encode_content
 from loop.events import Choice, decode_response
 from loop.minhash import sketches
 from loop.store.schema import Bytes, Json, ResponseId, turn
@@ -44,15 +44,8 @@ def upgrade() -> None:
         sa.Column("turned_id", ResponseId, nullable=False),
         sa.Column("choice_index", sa.Integer(), nullable=False),
         *kept,
-        sa.Column("unfit", sa.String(length=16), nullable=True),
-        sa.Column("tokens", sa.Integer(), nullable=True),
-        sa.Column("prompt_is_text", sa.Boolean(), nullable=False),
-        sa.Column("answer_is_text", sa.Boolean(), nullable=False),
-        sa.Column("asked", Bytes, nullable=False),
-        sa.Column("prompt_digest", sa.BigInteger(), nullable=False),
-        sa.Column("pair_digest", sa.BigInteger(), nullable=False),
         sa.Column("sketch", Bytes, nullable=False),
-        sa.Column("served", Bytes, nullable=False),
+        sa.Column("content", Bytes, nullable=False),
         sa.PrimaryKeyConstraint("day", "turned_id", "choice_index"),
         sqlite_with_rowid=False,
     )
@@ -91,9 +84,10 @@ def converted(rows: Sequence[Any], kept: list[str]) -> list[dict[str, Any]]:
         data = decode_response(bytes(row.body)).data
         choice = next((choice for choice in data.choices if choice.index == row.choice_index), Choice(message={}))
         contents.append(content_of(data, choice))
+    sketched = sketches([content.asked for content in contents])
     return [
-        {"day": row.day, "turned_id": turn(row.response_id), "choice_index": row.choice_index, "sketch": sketch}
-        | {name: getattr(row, name) for name in kept}
-        | content._asdict()
-        for row, content, sketch in zip(rows, contents, sketches([c.asked for c in contents]), strict=True)
+        {name: getattr(row, name) for name in kept}
+        | {"day": row.day, "turned_id": turn(row.response_id), "choice_index": row.choice_index}
+        | {"sketch": sketch, "content": encode_content(content)}
+        for row, content, sketch in zip(rows, contents, sketched, strict=True)
     ]
