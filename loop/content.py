@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import accumulate, pairwise
 from typing import Any
@@ -68,7 +68,8 @@ class Content(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return (len(self.prompt_ids) + len(self.completion_ids)) // 4
 
 
-encode_content = msgspec.msgpack.Encoder().encode
+_encode = msgspec.msgpack.Encoder().encode
+encode_content: Callable[[Content], bytes] = _encode
 decode_content = msgspec.msgpack.Decoder(Content).decode
 
 
@@ -109,12 +110,12 @@ def content_of(data: ResponseLogged, choice: Choice) -> Content:
 
 def prompt_digest(messages: Messages) -> int:
     """64 bits of the messages, signed."""
-    return _digest(encode_content(messages))
+    return _digest(_encode(messages))
 
 
 def pair_digest(messages: Messages, answer: str) -> int:
     """64 bits of the messages and an answer to them, signed."""
-    return _digest(encode_content((messages, answer)))
+    return _digest(_encode((messages, answer)))
 
 
 def _sizes(parts: list[bytes]) -> bytes:

@@ -119,7 +119,7 @@ class Spool:
             "hlc": np.array([label.hlc for label in labels]),
         }
         for name, values in columns.items():
-            self._files[name].write(values.astype(COLUMNS[name]).data)
+            self._files[name].write(np.ascontiguousarray(values, COLUMNS[name]).data)
         for n, keys in enumerate(band_keys(sketch["least"], self._similarity)):
             self._files[f"band_{n}"].write(keys.data)
         self._rows.write_batch(row_batch(rows, labels))

@@ -51,20 +51,20 @@ _WRITES_AHEAD = 2
 
 def row_batch(rows: Sequence[Row], labels: Sequence[Label]) -> pa.RecordBatch:
     """Rows, and whom their labels are ascribed to, in the columns of ROW_SCHEMA."""
-    served = [row.content for row in rows]
+    contents = [row.content for row in rows]
     is_known = [row.content.prompt_ids is not None and row.correction is None for row in rows]
     answers = [row.content.answer if row.correction is None else row.correction.encode() for row in rows]
     columns = {
         "prompt": _messages(
-            _sizes([one.role_sizes for one in served]) // 4,
-            _texts([one.roles for one in served], _numbers([one.role_sizes for one in served])),
-            _texts([one.texts for one in served], _numbers([one.text_sizes for one in served])),
+            _sizes([one.role_sizes for one in contents]) // 4,
+            _texts([one.roles for one in contents], _numbers([one.role_sizes for one in contents])),
+            _texts([one.texts for one in contents], _numbers([one.text_sizes for one in contents])),
         ),
         "completion": _messages(
             np.ones(len(rows), np.int64), strings(["assistant"] * len(rows)), _texts(answers, _sizes(answers))
         ),
-        "prompt_ids": _id_lists([one.prompt_ids for one in served], is_known),
-        "completion_ids": _id_lists([one.completion_ids for one in served], is_known),
+        "prompt_ids": _id_lists([one.prompt_ids for one in contents], is_known),
+        "completion_ids": _id_lists([one.completion_ids for one in contents], is_known),
         "example_id": strings([row.example_id for row in rows]),
         "conversation_id": strings([row.conversation_id for row in rows]),
         "rater": strings([label.rater for label in labels]),
