@@ -1,4 +1,4 @@
-"""What sorted arrays tell: where runs of equal values begin, how long they are, and whether a value is there. Pure."""
+"""What sorted arrays tell: where runs of equal values begin, and whether a value is there, and how often. Pure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 Flags = npt.NDArray[np.bool_]
 Sorted = npt.NDArray[Any]
+
+_MARK_BITS = 24
 
 
 def is_first(values: Sorted) -> Flags:
@@ -24,13 +26,6 @@ def run_starts(values: Sorted) -> npt.NDArray[np.int64]:
     return np.maximum.accumulate(np.where(is_first(values), places, 0))
 
 
-def run_sizes(values: Sorted) -> npt.NDArray[np.int64]:
-    """How long the run is that each value is in."""
-    starts = np.flatnonzero(is_first(values))
-    sizes = np.diff(starts, append=len(values))
-    return np.repeat(sizes, sizes)
-
-
 def contains(values: Sorted, wanted: npt.NDArray[Any]) -> Flags:
     """Which of `wanted`, in whatever order, are among the sorted values."""
     if len(values) == 0:
@@ -43,3 +38,18 @@ def distinct(values: npt.NDArray[Any]) -> Sorted:
     """The values once each, sorted. Unlike numpy's `unique` it sorts first, which is faster from some thousands on."""
     ordered = np.sort(values)
     return ordered[is_first(ordered)]
+
+
+def find_frequent(values: npt.NDArray[Any], limit: int) -> npt.NDArray[np.int64]:
+    """Where, in unsigned ones of any order, the values are that there are more than `limit` of: [n] -> [places].
+
+    Little but a sort, in a third of the time of an `argsort`, where that is so of few.
+    """
+    ordered = np.sort(values)
+    frequent = distinct(ordered[limit:][ordered[limit:] == ordered[:-limit]])
+    # A mark at the values' first bits leaves little more than what is to be looked up.
+    shift = values.dtype.type(8 * values.itemsize - _MARK_BITS)
+    marks = np.zeros(1 << _MARK_BITS, bool)
+    marks[frequent >> shift] = True
+    maybe = np.flatnonzero(marks[values >> shift])
+    return maybe[contains(frequent, values[maybe])]

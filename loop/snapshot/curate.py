@@ -12,7 +12,7 @@ import numpy.typing as npt
 from loop.content import Content, decode_content, pair_digest
 from loop.events import IMPLICIT_SOURCES
 from loop.settings import SnapshotSettings
-from loop.sorted_arrays import run_sizes, run_starts
+from loop.sorted_arrays import find_frequent, run_starts
 from loop.store.examples import Example
 
 # In the order in which they are applied; the first seven look at one example alone.
@@ -186,9 +186,8 @@ def newest_within(
     keep = np.ones(len(group), bool)
     if limit is None:
         return keep
-    order = np.argsort(group, kind="stable")
-    # Only the rows of groups that are too large must be put in order.
-    rows = order[(run_sizes(group[order]) > limit) & (group[order] > 0)]
+    rows = find_frequent(group, limit)
+    rows = rows[group[rows] > 0]
     rows = rows[np.lexsort((-hlc[rows], group[rows]))]
     keep[rows] = np.arange(len(rows)) - run_starts(group[rows]) < limit
     return keep

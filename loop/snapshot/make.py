@@ -27,7 +27,7 @@ from loop.snapshot.near import clusters
 from loop.snapshot.split import decide, decide_clusters, keep, load_known
 from loop.snapshot.spool import Spooled
 from loop.snapshot.write import FORMAT, HELD_OUT, MANIFEST, TRAIN, RowFile, identify, publish
-from loop.sorted_arrays import distinct, is_first, run_sizes
+from loop.sorted_arrays import distinct, find_frequent, is_first
 from loop.store.examples import find_blocks, has_more_examples
 
 log = logging.getLogger("thumbwheel.snapshot")
@@ -223,8 +223,8 @@ def _merge(held_out: Flags, labels: Labels, rows: Spooled, settings: SnapshotSet
     voter = np.where(labels.rater > 0, labels.rater, rows.column("conversation"))
     same = np.where(held_out, ~(same ^ voter), same)
     del voter
-    members = np.argsort(same, kind="stable")  # in their order, which is that of their days
-    members = members[run_sizes(same[members]) > 1]
+    members = find_frequent(same, 1)
+    members = members[np.argsort(same[members], kind="stable")]  # in their order, which is that of their days
     group = same[members]
 
     sizes = rows.column("votes_size")

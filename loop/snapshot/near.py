@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loop.minhash import PERMUTATIONS
-from loop.sorted_arrays import contains, distinct, is_first, run_starts
+from loop.sorted_arrays import distinct, find_frequent, is_first, run_starts
 
 U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
@@ -30,7 +30,6 @@ MISSED = 1e-3
 NEIGHBOURS = 8
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(32)
-_MARK_BITS = 8  # the last ones of a key, which no mark has: so marks are 2^24
 _PAIRS_AT_ONCE = 100_000
 _ENTRIES_AT_ONCE = 500_000
 
@@ -119,14 +118,7 @@ def _shared_buckets(keys: U32, following: U32) -> tuple[I32, I32]:
     """Prompts that share their bucket with another one, bucket by bucket, and the place where each one's bucket begins:
     [m], [m]. Within a bucket, prompts that agree on the following band too lie side by side.
     """
-    ordered = np.sort(keys)
-    repeated = ordered[~is_first(ordered)]
-    repeated = repeated[is_first(repeated)]
-    # Few prompts share a bucket. A mark at the keys' first bits leaves little more than those to be looked up.
-    marks = np.zeros(1 << (32 - _MARK_BITS), bool)
-    marks[repeated >> np.uint32(_MARK_BITS)] = True
-    maybe = np.flatnonzero(marks[keys >> np.uint32(_MARK_BITS)])
-    entries = maybe[contains(repeated, keys[maybe])]
+    entries = find_frequent(keys, 1)
     entries = entries[np.argsort(keys[entries].astype(np.uint64) << _SHIFT | following[entries], kind="stable")]
     return entries.astype(np.int32), run_starts(keys[entries]).astype(np.int32)
 

@@ -10,13 +10,14 @@ units, so a new split.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 from sqlalchemy import Engine, insert, select
+from xxhash import xxh3_64_intdigest
 
 from loop.sorted_arrays import contains, distinct
 from loop.store.engine import write
@@ -33,16 +34,10 @@ _STORED = np.dtype("<u8")
 UNITS_A_ROW = 65_536
 
 
-def units_of(salt: str, kind: str, names: Iterable[bytes]) -> U64:
-    """The units of these names: 64-bit numbers, never 0, which stands for none."""
-    # Copying what has taken in salt and kind is cheaper than beginning anew for each.
-    salted = blake2b(f"{kind}\0".encode(), key=blake2b(salt.encode()).digest(), digest_size=8)
-    digests = []
-    for name in names:
-        hashed = salted.copy()
-        hashed.update(name)
-        digests.append(hashed.digest())
-    return np.maximum(np.frombuffer(b"".join(digests), ">u8").astype(np.uint64), np.uint64(1))
+def units_of(salt: str, kind: str, names: Sequence[bytes]) -> U64:
+    """The units of these names: XXH3, 64 bits, seeded with salt and kind; never 0, which stands for none."""
+    seed = int.from_bytes(blake2b(kind.encode(), key=blake2b(salt.encode()).digest(), digest_size=8).digest())
+    return np.maximum(np.array([xxh3_64_intdigest(name, seed) for name in names], np.uint64), np.uint64(1))
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ COLUMNS = {
     "hlc": np.int64,
 }
 ROWS = "rows"
-BATCH_ROWS = 2_048
+BATCH_ROWS = 1_024
 BATCH_BYTES = 16 << 20
 _encode_votes = msgspec.msgpack.Encoder().encode
 _decode_votes = msgspec.msgpack.Decoder(list[Vote]).decode

@@ -45,6 +45,8 @@ SCHEMA = pa.schema(
 # What is known of a row by itself: the label and its weight follow from all rows.
 ROW_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in ("label", "weight")])
 _OF_FEW_VALUES = ["adapter", "source", "prompt.list.element.role", "completion.list.element.role"]
+# The first bytes of all ids, then all second ones: smaller, and sooner compressed.
+_OF_IDS = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("prompt_ids", "completion_ids")}
 ROW_GROUP = 4_096
 _WRITES_AHEAD = 2
 
@@ -121,7 +123,9 @@ class RowFile:
 
     def __init__(self, path: Path) -> None:
         self._file = _HashedFile(path)
-        self._writer = pq.ParquetWriter(self._file, SCHEMA, compression="zstd", use_dictionary=_OF_FEW_VALUES)
+        self._writer = pq.ParquetWriter(
+            self._file, SCHEMA, compression="zstd", use_dictionary=_OF_FEW_VALUES, column_encoding=_OF_IDS
+        )
         self._thread = ThreadPoolExecutor(1, "parquet")
         self._writes: deque[Future[None]] = deque()
         self._pending: list[pa.RecordBatch] = []

@@ -52,7 +52,7 @@ class Block(NamedTuple):
     high: str
 
 
-PAGE_ROWS = 1_000
+PAGE_ROWS = 500
 _DAY_SHARES = 8
 _TYPES = {
     "turned_id": "text",

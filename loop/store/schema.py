@@ -22,7 +22,7 @@ from sqlalchemy.dialects import postgresql
 from loop.events import KEY, UUID
 
 # Of `migrations/versions`; to be raised with every change below.
-REVISION = "0008"
+REVISION = "0009"
 
 metadata = MetaData()
 Json = JSON().with_variant(postgresql.JSONB(), "postgresql")

@@ -169,13 +169,17 @@ def test_where_clusters_merge_held_out_wins() -> None:
     words = "this question has quite a few words so that one more or less of them changes very little at all"
     salt = SETTINGS.salt
     tails = [f"{words} x{'y' * n}" for n in range(200)]
-    is_low = {tail: unit_of(salt, "cluster", tail) < SETTINGS.held_out_share * 2**64 for tail in tails}
-    held = next(tail for tail in tails if is_low[tail])
-    free = next(tail for tail in tails if not is_low[tail] and unit_of(salt, "cluster", tail) < 2**63)
+
+    def is_low(kind: str, name: str) -> bool:
+        return unit_of(salt, kind, name) < SETTINGS.held_out_share * 2**64
+
+    held = next(tail for tail in tails if is_low("cluster", tail))
+    free = next(tail for tail in tails if not is_low("cluster", tail) and unit_of(salt, "cluster", tail) < 2**63)
+    others = [n for n in range(100) if not is_low("rater", f"w{n}") and not is_low("conversation", f"k{n}")]
     strict = SETTINGS.model_copy(update={"near_duplicate_similarity": 1.0})
     rows = [
         example(n, messages=[{"role": "user", "content": text}], votes=[(f"w{n}", "up", 1.0, n)], conversation=f"k{n}")
-        for n, text in enumerate([held, free])
+        for n, text in zip(others, [held, free], strict=False)
     ]
     with fresh_store() as (store, folder):
         put(store, rows)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from loop.content import asked_words, message_text, normal_words
 from loop.snapshot.balance import class_weights
 from loop.snapshot.curate import Vote, newest_within, settle
+from loop.sorted_arrays import find_frequent
 from tests.snapshot.clustered import clusters_of
 
 amounts = st.floats(0.01, 1e6)
@@ -89,6 +90,13 @@ def test_the_newest_of_each_group_stay(rows: list[tuple[int, int]], limit: int |
     for n, (group, hlc) in enumerate(rows):
         newer = sum(1 for m, (g, h) in enumerate(rows) if g == group and (h > hlc or (h == hlc and m < n)))
         assert kept[n] == (limit is None or group == 0 or newer < limit)
+
+
+# Values that agree in their first bits are looked up, others are not.
+@given(st.lists(st.integers(0, 5) | st.integers(2**63, 2**63 + 5), max_size=60), st.integers(1, 4))
+def test_frequent_values_are_found_wherever_they_are(values: list[int], limit: int) -> None:
+    found = find_frequent(np.array(values, np.uint64), limit)
+    assert found.tolist() == [n for n, value in enumerate(values) if values.count(value) > limit]
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
