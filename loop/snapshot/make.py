@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from glob import escape
@@ -19,6 +20,7 @@ import pyarrow as pa
 from sqlalchemy import Engine
 
 from loop.settings import SnapshotSettings
+from loop.snapshot.ahead import ahead
 from loop.snapshot.balance import class_weights
 from loop.snapshot.collect import collect
 from loop.snapshot.curate import STEPS, newest_within, settle
@@ -35,6 +37,7 @@ log = logging.getLogger("thumbwheel.snapshot")
 DAY_MS = 86_400_000
 SMALL_WINDOW = 50_000
 """Up to so many examples, other processes would take longer to start than to read, and all rows fit into memory."""
+_BATCHES_AHEAD = 16
 Flags = npt.NDArray[np.bool_]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -181,15 +184,17 @@ def _prompts(rows: Spooled, similarity: float) -> tuple[U64, I32, I32]:
     lengths = rows.column("asked_size")
     starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[first]
     lengths = lengths[first]
-    cluster_of = clusters(
-        len(units),
-        rows.bands,
-        lambda band: rows.column(f"band_{band}")[first],
-        rows.column("shingles")[first],
-        rows.column("signature")[first],
-        lambda prompts: rows.shingles(starts[prompts], lengths[prompts]),
-        similarity,
-    )
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        thread.submit(rows.read_ahead)
+        cluster_of = clusters(
+            len(units),
+            rows.bands,
+            lambda band: rows.column(f"band_{band}")[first],
+            rows.column("shingles")[first],
+            rows.column("signature")[first],
+            lambda prompts: rows.shingles(starts[prompts], lengths[prompts]),
+            similarity,
+        )
     return units, prompt_of, cluster_of
 
 
@@ -228,12 +233,12 @@ def _merge(held_out: Flags, labels: Labels, rows: Spooled, settings: SnapshotSet
     group = same[members]
 
     sizes = rows.column("votes_size")
-    starts, sizes = (np.cumsum(sizes, dtype=np.int64) - sizes)[members].tolist(), sizes[members].tolist()
+    votes_on = rows.votes((np.cumsum(sizes, dtype=np.int64) - sizes)[members], sizes[members])
     keeps = np.ones(len(held_out), bool)
     begins = np.flatnonzero(is_first(group))
     for begin, end in pairwise([*begins.tolist(), len(members)]):
         keeps[members[begin : end - 1]] = False
-        votes = [vote for n in range(begin, end) for vote in rows.votes(starts[n], sizes[n])]
+        votes = [vote for _ in range(begin, end) for vote in next(votes_on)]
         labels.set(int(members[end - 1]), settle(votes, settings.disagreement))
     return np.flatnonzero(keeps)
 
@@ -247,7 +252,7 @@ def _write(
     lambdas = class_weights(up, down, settings.desirable_weight, settings.undesirable_weight)
     with RowFile(made / TRAIN) as train, RowFile(made / HELD_OUT) as held:
         end = 0
-        for batch in rows.batches():
+        for batch in ahead(rows.batches(), _BATCHES_AHEAD):
             begin, end = end, end + len(batch)
             mine = chosen[slice(*np.searchsorted(chosen, (begin, end)))]
             for file, part, weights in (

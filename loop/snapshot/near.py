@@ -10,21 +10,18 @@ the time stays within a constant times the number of distinct prompts, whatever 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from loop.minhash import PERMUTATIONS
+from loop.snapshot.ahead import ahead
 from loop.sorted_arrays import distinct, find_frequent, is_first, run_starts
 
 U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
-
-T = TypeVar("T")
 
 MISSED = 1e-3
 NEIGHBOURS = 8
@@ -81,7 +78,7 @@ def clusters(
     neighbours in a bucket do.
     """
     parent, fewest = np.arange(count, dtype=np.int32), _fewest_in_common(similarity)
-    for entries, start in _ahead(_shared_buckets_of(bands, keys_of)):
+    for entries, start in ahead(_shared_buckets_of(bands, keys_of)):
         for left, right in _candidates(entries, start):
             # Sets that share a bucket by chance end here: their sizes differ too much, or their signatures.
             apart = (parent[left] != parent[right]) & (
@@ -96,15 +93,6 @@ def clusters(
                 similar = _jaccard(one, other, sizes, sets_of) >= similarity
                 parent = _unite(parent, one[similar], other[similar])
     return parent
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each made while its user has the one before it."""
-    with ThreadPoolExecutor(1, "ahead") as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
 
 
 def _shared_buckets_of(bands: int, keys_of: Callable[[int], U32]) -> Iterator[tuple[I32, I32]]:

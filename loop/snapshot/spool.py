@@ -53,6 +53,8 @@ COLUMNS = {
 ROWS = "rows"
 BATCH_ROWS = 1_024
 BATCH_BYTES = 16 << 20
+_PIECES_AT_ONCE = 10_000
+_READ_BYTES = 1 << 20
 _encode_votes = msgspec.msgpack.Encoder().encode
 _decode_votes = msgspec.msgpack.Decoder(list[Vote]).decode
 
@@ -160,6 +162,10 @@ class Spooled:
         """The shingles of prompts, flat, whose words these are of all asked ones' bytes."""
         return shingle_sets(self._asked.read(starts.tolist(), sizes.tolist()))[0]
 
+    def read_ahead(self) -> None:
+        """Have the system read what `shingles` will be asked for: in order, not by the piece."""
+        self._asked.read_ahead()
+
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows, in order, once: what was read is gone from the disk."""
         for folder in self._folders:
@@ -167,17 +173,18 @@ class Spooled:
                 yield from batches
             (folder / ROWS).unlink()
 
-    def votes(self, start: int, size: int) -> list[Vote]:
-        """The votes on the row that takes these of all votes' bytes."""
-        votes: list[Vote] = _decode_votes(self._votes.read([start], [size])[0])
-        return votes
+    def votes(self, starts: I64, sizes: I64) -> Iterator[list[Vote]]:
+        """The votes on each of the rows that take these of all votes' bytes."""
+        for begin in range(0, len(starts), _PIECES_AT_ONCE):
+            part = slice(begin, begin + _PIECES_AT_ONCE)
+            yield from map(_decode_votes, self._votes.read(starts[part].tolist(), sizes[part].tolist()))
 
 
 class _Pieces:
     """Files that are read as one. No one read goes over a file's end."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._files = [path.open("rb") for path in paths]
+        self._files = [path.open("rb", buffering=0) for path in paths]
         self._begins = list(accumulate((path.stat().st_size for path in paths[:-1]), initial=0))
 
     def read(self, starts: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
@@ -190,6 +197,13 @@ class _Pieces:
         for file, size, start in spans:  # so that the disk is asked for all of it at once, not for one after the other
             os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
         return [os.pread(*span) for span in spans]
+
+    def read_ahead(self) -> None:
+        """Read all of it, for the system's cache."""
+        buffer = bytearray(_READ_BYTES)
+        for file in self._files:
+            while file.readinto(buffer):
+                pass
 
     def close(self) -> None:
         """Close the files."""

@@ -48,7 +48,7 @@ _OF_FEW_VALUES = ["adapter", "source", "prompt.list.element.role", "completion.l
 # The first bytes of all ids, then all second ones: smaller, and sooner compressed.
 _OF_IDS = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("prompt_ids", "completion_ids")}
 ROW_GROUP = 4_096
-_WRITES_AHEAD = 2
+_WRITES_AHEAD = 4
 
 
 def row_batch(rows: Sequence[Row], labels: Sequence[Label]) -> pa.RecordBatch:
