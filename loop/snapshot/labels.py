@@ -53,11 +53,15 @@ class Labels:
         self._ends.append(self._ends[-1] + self._file.write(_encode((label.rater, label.raters))))
 
     def ascribe(self, batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
-        """The batch of these rows, with `rater` and `raters` of the labels that were set."""
-        at = np.flatnonzero(contains(self._sorted, rows))
-        if len(at) == 0:
+        """The batch of these rows, which are sorted, with `rater` and `raters` of the labels that were set."""
+        if len(rows) == 0:
             return batch
-        ascribed = [self._ascribed(n) for n in self._order[np.searchsorted(self._sorted, rows[at])].tolist()]
+        nth = np.arange(*np.searchsorted(self._sorted, (rows[0], rows[-1] + 1)))
+        nth = nth[contains(rows, self._sorted[nth])]
+        if len(nth) == 0:
+            return batch
+        at = np.searchsorted(rows, self._sorted[nth])
+        ascribed = [self._ascribed(n) for n in self._order[nth].tolist()]
         # Behind the batch's own values, to be taken from there.
         source = np.arange(len(rows))
         source[at] = len(rows) + np.arange(len(at))

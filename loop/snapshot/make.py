@@ -37,7 +37,7 @@ log = logging.getLogger("thumbwheel.snapshot")
 DAY_MS = 86_400_000
 SMALL_WINDOW = 50_000
 """Up to so many examples, other processes would take longer to start than to read, and all rows fit into memory."""
-_BATCHES_AHEAD = 16
+_BATCHES_AHEAD = 8
 Flags = npt.NDArray[np.bool_]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]

@@ -51,7 +51,7 @@ COLUMNS = {
     "hlc": np.int64,
 }
 ROWS = "rows"
-BATCH_ROWS = 1_024
+BATCH_ROWS = 2_048
 BATCH_BYTES = 16 << 20
 _PIECES_AT_ONCE = 10_000
 _READ_BYTES = 1 << 20
