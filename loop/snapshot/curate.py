@@ -87,19 +87,21 @@ _decode_votes = msgspec.json.Decoder(list[_Cast]).decode
 def to_rows(example: Example, settings: SnapshotSettings) -> list[Row | str]:
     """The served answer and the raters' corrections, each as a row or the name of the step that drops it."""
     cast, content = _decode_votes(example.votes_json), decode_content(example.content)
-    served = _served(example, content, cast, settings)
-    known = None if isinstance(served, str) else content.answer
-    corrected = [
-        _corrected(example, content, vote, vote.correction, settings)
-        for vote in cast
-        if vote.correction is not None and vote.correction.encode() != known
-    ]
-    return [served, *corrected]
+    rows = [_served(example, content, cast, settings)]
+    known = None if isinstance(rows[0], str) else content.answer
+    for vote in cast:
+        if vote.correction is not None and vote.correction.encode() != known:
+            rows.append(_corrected(example, content, vote, vote.correction, settings))
+    return rows
 
 
 def _served(example: Example, content: Content, cast: list[_Cast], settings: SnapshotSettings) -> Row | str:
-    example_id = f"{example.response_id}/{example.choice_index}"
-    votes = [_vote(vote, example_id, vote.value == "up") for vote in cast if vote.weight > 0]
+    response_id = example.response_id
+    example_id = f"{response_id}/{example.choice_index}"
+    votes = []
+    for vote in cast:  # a comprehension would be a function of its own, called for each example
+        if vote.weight > 0:
+            votes.append(_vote(vote, example_id, vote.value == "up"))
     if not votes:
         return "unlabelled"
     if content.unfit is not None:
@@ -112,7 +114,8 @@ def _served(example: Example, content: Content, cast: list[_Cast], settings: Sna
             return "untemplated"
     elif settings.max_tokens is not None and tokens > settings.max_tokens:
         return "too_long"
-    return Row(example, content, example_id, votes, content.pair_digest, _conversation_id(example))
+    # Without a conversation an example is one of its own.
+    return Row(example, content, example_id, votes, content.pair_digest, example.conversation_id or response_id)
 
 
 def _corrected(
@@ -129,14 +132,10 @@ def _corrected(
         return "untokenized"
     if not content.prompt_is_text:
         return "untemplated"
-    example_id = f"{example.response_id}/{example.choice_index}/correction/{vote.rater}"
+    response_id = example.response_id
+    example_id = f"{response_id}/{example.choice_index}/correction/{vote.rater}"
     digest, votes = pair_digest(content.messages, correction), [_vote(vote, example_id, True)]
-    return Row(example, content, example_id, votes, digest, _conversation_id(example), correction)
-
-
-def _conversation_id(example: Example) -> str:
-    """Without a conversation an example is one of its own."""
-    return example.conversation_id or example.response_id
+    return Row(example, content, example_id, votes, digest, example.conversation_id or response_id, correction)
 
 
 def _vote(vote: _Cast, example_id: str, up: bool) -> Vote:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +25,7 @@ from loop.minhash import SKETCH, shingle_sets
 from loop.snapshot.curate import Label, Row, Vote
 from loop.snapshot.near import band_keys, count_bands, signatures
 from loop.snapshot.split import CLUSTER, CONVERSATION, RATER, units_of
-from loop.snapshot.write import ROW_SCHEMA, row_batch
+from loop.snapshot.write import ROW_SCHEMA, row_batch, uncache
 
 U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
@@ -67,7 +67,8 @@ class Spool:
         self._salt, self._similarity = salt, similarity
         names = [*COLUMNS, *(f"band_{n}" for n in range(count_bands(similarity)))]
         self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
-        self._rows = pa.ipc.new_stream(str(folder / ROWS), ROW_SCHEMA)
+        self._rows_file = (folder / ROWS).open("wb")
+        self._rows = pa.ipc.new_stream(self._rows_file, ROW_SCHEMA)
         self._batch: list[tuple[Row, Label | None]] = []
         self._batch_bytes = 0
 
@@ -79,7 +80,7 @@ class Spool:
             if exc[0] is None:
                 self._flush()
         finally:
-            for file in (*self._files.values(), self._rows):
+            for file in (self._rows, self._rows_file, *self._files.values()):
                 file.close()
 
     def add(self, row: Row, label: Label | None) -> None:
@@ -96,9 +97,16 @@ class Spool:
         rows, settled = zip(*batch, strict=True)
         labels = [label or _NO_LABEL for label in settled]
         asked = [row.content.asked for row in rows]
-        voters = [[vote.who for vote in row.votes if vote.named] for row in rows]
-        voter_units = units_of(self._salt, RATER, [who.encode() for who in chain.from_iterable(voters)])
-        unit_of = dict(zip(chain.from_iterable(voters), voter_units.tolist(), strict=True))
+        voters: list[str] = []
+        voters_sizes = []
+        for row in rows:
+            named = len(voters)
+            for vote in row.votes:
+                if vote.named:
+                    voters.append(vote.who)
+            voters_sizes.append(len(voters) - named)
+        voter_units = units_of(self._salt, RATER, [who.encode() for who in voters])
+        unit_of = dict(zip(voters, voter_units.tolist(), strict=True))
         votes = [_encode_votes(row.votes) for row in rows]
         sketch = np.frombuffer(b"".join([row.example.sketch for row in rows]), SKETCH)
         columns: dict[str, Column] = {
@@ -109,7 +117,7 @@ class Spool:
             "conversation": units_of(self._salt, CONVERSATION, [row.conversation_id.encode() for row in rows]),
             "rater": np.array([unit_of[label.rater] if label.rater is not None else 0 for label in labels], np.uint64),
             "voters": voter_units,
-            "voters_size": np.array(list(map(len, voters))),
+            "voters_size": np.array(voters_sizes),
             "votes": np.frombuffer(b"".join(votes), np.uint8),
             "votes_size": np.array(list(map(len, votes))),
             "asked": np.frombuffer(b"".join(asked), np.uint8),
@@ -125,6 +133,7 @@ class Spool:
         for n, keys in enumerate(band_keys(sketch["least"], self._similarity)):
             self._files[f"band_{n}"].write(keys.data)
         self._rows.write_batch(row_batch(rows, labels))
+        uncache(self._rows_file)
 
 
 _NO_LABEL = Label(desirable=False, weight=0.0, rater=None, hlc=0, raters=[])
@@ -169,8 +178,10 @@ class Spooled:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows, in order, once: what was read is gone from the disk."""
         for folder in self._folders:
-            with pa.OSFile(str(folder / ROWS)) as file, pa.ipc.open_stream(file) as batches:
-                yield from batches
+            with (folder / ROWS).open("rb", buffering=0) as file, pa.ipc.open_stream(file) as batches:
+                for batch in batches:
+                    uncache(file)
+                    yield batch
             (folder / ROWS).unlink()
 
     def votes(self, starts: I64, sizes: I64) -> Iterator[list[Vote]]:

@@ -63,7 +63,7 @@ def row_batch(rows: Sequence[Row], labels: Sequence[Label]) -> pa.RecordBatch:
             _texts([one.texts for one in contents], _numbers([one.text_sizes for one in contents])),
         ),
         "completion": _messages(
-            np.ones(len(rows), np.int64), strings(["assistant"] * len(rows)), _texts(answers, _sizes(answers))
+            np.ones(len(rows), np.int64), pa.repeat("assistant", len(rows)), _texts(answers, _sizes(answers))
         ),
         "prompt_ids": _id_lists([one.prompt_ids for one in contents], is_known),
         "completion_ids": _id_lists([one.completion_ids for one in contents], is_known),
@@ -164,8 +164,12 @@ class RowFile:
         return {"sha256": self._file.sha256.hexdigest(), "desirable": self._up, "undesirable": self._rows - self._up}
 
     def _write(self, rows: pa.Table) -> None:
-        self._writes.append(self._thread.submit(lambda: self._writer.write_table(rows.combine_chunks())))
+        self._writes.append(self._thread.submit(self._write_group, rows.combine_chunks()))
         self._wait(_WRITES_AHEAD)
+
+    def _write_group(self, rows: pa.Table) -> None:
+        self._writer.write_table(rows)
+        uncache(self._file)
 
     def _wait(self, ahead: int) -> None:
         while len(self._writes) > ahead:
@@ -182,6 +186,13 @@ class _HashedFile(io.BufferedWriter):
     def write(self, data: Any) -> int:
         self.sha256.update(data)
         return super().write(data)
+
+
+def uncache(file: io.IOBase) -> None:
+    """Take what was read from a file, or written to it, out of the system's cache, as far as it is on disk. Nobody will
+    want these gigabytes soon, and the memory is there for the next ones.
+    """
+    os.posix_fadvise(file.fileno(), 0, os.lseek(file.fileno(), 0, os.SEEK_CUR), os.POSIX_FADV_DONTNEED)
 
 
 def identify(content: dict[str, Any]) -> str:
