@@ -100,11 +100,11 @@ class Spool:
         voters: list[str] = []
         voters_sizes = []
         for row in rows:
-            named = len(voters)
+            begin = len(voters)
             for vote in row.votes:
                 if vote.named:
                     voters.append(vote.who)
-            voters_sizes.append(len(voters) - named)
+            voters_sizes.append(len(voters) - begin)
         voter_units = units_of(self._salt, RATER, [who.encode() for who in voters])
         unit_of = dict(zip(voters, voter_units.tolist(), strict=True))
         votes = [_encode_votes(row.votes) for row in rows]
