@@ -185,7 +185,7 @@ def _prompts(rows: Spooled, similarity: float) -> tuple[U64, I32, I32]:
     starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[first]
     lengths = lengths[first]
     with ThreadPoolExecutor(1, "ahead") as thread:
-        thread.submit(rows.read_ahead)
+        thread.submit(rows.read_ahead)  # only to be sooner: what it fails at, `shingles` does by itself
         cluster_of = clusters(
             len(units),
             rows.bands,
