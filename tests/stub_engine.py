@@ -146,7 +146,9 @@ async def _stream(
     pace_s = body.get("stub", {}).get("pace_s", 0)
     chunks = _chunks(json.dumps({key: body[key] for key in body if key not in ("messages", "prompt")}), is_chat)
     for at, chunk in enumerate(chunks):
-        if pace_s:  # for each token, whether something can be said of it or not; its headers vLLM sends before the first
+        if (
+            pace_s
+        ):  # for each token, whether something can be said of it or not; its headers vLLM sends before the first
             await asyncio.sleep(pace_s)
         if chunk:
             await response.write(chunk.replace(b"$ID$", request_id.encode()))

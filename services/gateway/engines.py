@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from loop.settings import EngineSettings
@@ -69,16 +69,18 @@ class Replica:
 
 
 class Answer:
-    """An engine's answer from its first byte on: `first` is all of the body, unless it `is_stream`.
+    """An engine's answer. `first` is the body's first bytes, or all of it, unless it `is_stream`.
 
     To be used in a `with`: leaving that early ends the request upstream.
     """
 
-    def __init__(self, replica: Replica, connection: Connection, deadline_s: float, first: bytes, *, is_stream: bool):
+    first = b""
+
+    def __init__(self, replica: Replica, connection: Connection, deadline_s: float) -> None:
         self.status = connection.status
         self.headers = connection.headers
-        self.first = first
-        self.is_stream = is_stream
+        # The engine's own word on whether it streams: it is more lenient than we in what it takes for `true`.
+        self.is_stream = connection.status == 200 and connection.content_type == "text/event-stream"
         self.deadline_s = deadline_s
         """When the request's time is over, by the event loop's clock."""
         self.read = connection.read
@@ -91,6 +93,9 @@ class Answer:
     def __exit__(self, *_: object) -> None:
         self._replica.open_requests -= 1
         self._replica.give_back(self._connection)
+
+
+OnHeaders = Callable[[Answer], object]
 
 
 class Engines:
@@ -110,12 +115,15 @@ class Engines:
         """Whether any replica takes requests."""
         return any(replica.is_up for replica in self.replicas)
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
-        """The answer of the least loaded replica. One that fails before the first byte is left for another one.
+    async def post(
+        self, path: str, body: bytes, headers: Mapping[str, str], on_headers: OnHeaders | None = None
+    ) -> Answer:
+        """The answer of the least loaded replica, from the body's first byte on. One that fails before that is left for
+        another one; `on_headers` is called with each answer when it has its headers only.
 
         Raises Refusal 502 or 503.
         """
-        return await self._send("POST", path, body, headers)
+        return await self._send("POST", path, body, headers, on_headers)
 
     async def get(self, path: str) -> Answer:
         """The same for a GET."""
@@ -132,13 +140,15 @@ class Engines:
         for replica in self.replicas:
             replica.prune(0.0)
 
-    async def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+    async def _send(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], on_headers: OnHeaders | None = None
+    ) -> Answer:
         tried: list[Replica] = []
         # A single replica gets a second try too: a pooled connection may have been closed at that very moment.
         for _ in range(max(2, len(self.replicas))):
             replica = self._least_loaded(tried)
             try:
-                return await self._ask(replica, self._head(replica, method, path, body, headers), body)
+                return await self._ask(replica, self._head(replica, method, path, body, headers), body, on_headers)
             except ConnectionError as exc:
                 tried.append(replica)
                 failure = exc
@@ -155,7 +165,7 @@ class Engines:
             return self.replicas[0]
         return min(self.replicas, key=lambda replica: (replica in tried, not replica.is_up, replica.open_requests))
 
-    async def _ask(self, replica: Replica, head: bytes, body: bytes) -> Answer:
+    async def _ask(self, replica: Replica, head: bytes, body: bytes, on_headers: OnHeaders | None) -> Answer:
         """The answer up to its first byte, for until then another replica can give it; all of it where the engine does
         not stream. Raises ConnectionError, TimeoutError and GarbageError.
         """
@@ -165,10 +175,11 @@ class Engines:
             connection = replica.take() or await self._connect(replica)
             deadline_s = self._loop.time() + self._timeout_s
             await connection.ask(head, body, deadline_s)
-            # The engine's own word on whether it streams: it is more lenient than we in what it takes for `true`.
-            is_stream = connection.status == 200 and connection.content_type == "text/event-stream"
-            first = await (connection.read() if is_stream else connection.read_all())
-            return Answer(replica, connection, deadline_s, first, is_stream=is_stream)
+            answer = Answer(replica, connection, deadline_s)
+            if on_headers is not None:
+                on_headers(answer)
+            answer.first = await (connection.read() if answer.is_stream else connection.read_all())
+            return answer
         except BaseException:  # on cancellation too: the client has left
             replica.open_requests -= 1
             if connection is not None:

@@ -19,7 +19,7 @@ from services.gateway.errors import Refusal, read_body
 from services.gateway.identity import Caller
 from services.gateway.parts import PARTS, Parts
 from services.gateway.regenerate import SOURCE, prompt_key, vote_on_earlier
-from services.gateway.relay import relay, relayed_headers
+from services.gateway.relay import Relay, relayed_headers
 
 _ID_PREFIX: dict[Endpoint, str] = {"chat": "chatcmpl", "completions": "cmpl"}
 _requests = functools.cache(lambda *labels: metrics.gateway_requests.labels(*labels).inc)
@@ -155,14 +155,16 @@ async def _ask_engine(request: web.Request, exchange: Exchange, caller: Caller, 
     # vLLM makes the response's id of this header, so that no body is rewritten for it.
     headers = {"X-Request-Id": exchange.response_id.partition("-")[2], **read_trace(request.headers)}
     path = _PATH[ask.endpoint]
+    relay = Relay(request, exchange, parts)
     is_retried = False
     while True:
         with parts.routes.use() as route:
             arm = choose_arm(route, ask.model, ask.conversation_id, caller, parts)
             exchange.serve_by(arm, route.generation)
-            with await parts.engines.post(path, ask.upstream_body(arm.adapter), headers) as answer:
+            body = ask.upstream_body(arm.adapter)
+            with await parts.engines.post(path, body, headers, relay.prepare) as answer:
                 if answer.status != 404 or is_retried or arm.adapter == parts.base_name:
-                    return await relay(request, answer, exchange, parts)
+                    return await relay.send(answer)
         is_retried = True
         metrics.gateway_route_retries.inc()
         await parts.routes.refresh()

@@ -35,37 +35,124 @@ _first_byte_seconds = functools.cache(lambda *labels: metrics.gateway_first_byte
 _responses_logged = functools.cache(lambda arm: metrics.gateway_responses_logged.labels(arm).inc)
 
 
-async def relay(request: web.Request, answer: Answer, exchange: Exchange, parts: Parts) -> web.StreamResponse:
-    """Pass the answer on and log it."""
-    exchange.first_byte_s = time.monotonic()
-    waited_s = exchange.first_byte_s - exchange.started_s
-    parts.tally.add(_first_byte_seconds(exchange.ask.endpoint, exchange.arm), waited_s)
-    ask = exchange.ask
-    is_captured = ask.is_captured and answer.status == 200
-    is_logged = is_captured or (not ask.is_stored and answer.status == 200)
-    headers = relayed_headers(answer)
-    if is_logged:
-        headers[RESPONSE_ID] = exchange.response_id
-    if is_captured:
-        expiry_s = exchange.started_at_ms // 1000 + parts.gateway.token_ttl_s
-        headers[FEEDBACK_TOKEN] = parts.signer.sign(Claim(exchange.response_id, ask.rater or ""), expiry_s)
-        if ask.choices > 1 and ask.message_id is not None:
+class Relay:
+    """The way of one exchange's answer to the app."""
+
+    def __init__(self, request: web.Request, exchange: Exchange, parts: Parts) -> None:
+        self._request = request
+        self._exchange = exchange
+        self._parts = parts
+
+    def prepare(self, answer: Answer) -> None:
+        """All that needs no byte of the body. A stream's headers come before the engine has read the prompt: what is
+        done now delays nobody's first token.
+        """
+        exchange, parts = self._exchange, self._parts
+        ask = exchange.ask
+        is_good = answer.status == 200
+        self._is_captured = ask.is_captured and is_good
+        self._is_logged = self._is_captured or (not ask.is_stored and is_good)
+        self._headers = relayed_headers(answer)
+        if self._is_logged:
+            self._headers[RESPONSE_ID] = exchange.response_id
+        if self._is_captured:
+            expiry_s = exchange.started_at_ms // 1000 + parts.gateway.token_ttl_s
+            claim = Claim(exchange.response_id, ask.rater or "")
+            self._headers[FEEDBACK_TOKEN] = parts.signer.sign(claim, expiry_s)
+        # What the app did not ask for was asked for by us, in `Ask.upstream_body`.
+        strip_token_ids = self._is_captured and not ask.wants_token_ids
+        self._rename = _rename(exchange.adapter, exchange.shown_model, strip_token_ids)
+        if answer.is_stream:
+            self._stream = EventStream(self._rename, Transcript() if self._is_captured else None)
+            self._response = _StreamResponse(headers=self._headers)
+
+    async def send(self, answer: Answer) -> web.StreamResponse:
+        """Pass the answer, which was prepared for, on and log it."""
+        exchange, parts = self._exchange, self._parts
+        exchange.first_byte_s = time.monotonic()
+        waited_s = exchange.first_byte_s - exchange.started_s
+        parts.tally.add(_first_byte_seconds(exchange.ask.endpoint, exchange.arm), waited_s)
+        if self._is_captured and exchange.ask.choices > 1 and exchange.ask.message_id is not None:
             parts.with_choices.put(exchange.key, None)
-    # What the app did not ask for was asked for by us, in `Ask.upstream_body`.
-    rename = _rename(exchange.adapter, exchange.shown_model, is_captured and not ask.wants_token_ids)
-    if answer.is_stream:
-        stream = EventStream(rename, Transcript() if is_captured else None)
-        return await _relay_stream(request, answer, exchange, parts, stream, headers)
-    if is_logged:
-        read = functools.partial(_read_body, answer.first) if is_captured else Transcript
-        await _wait(_log(parts, exchange, read, len(answer.first)), exchange, parts)
-    response = web.Response(body=rename.answer(answer.first), status=answer.status, headers=headers)
-    if parts.is_draining:
-        response.force_close()
-    with suppress(ConnectionError):  # the client has left
-        await response.prepare(request)
-        await response.write_eof()  # now, while aiohttp would do it behind all of our accounts
-    return response
+        if answer.is_stream:
+            return await self._send_stream(answer)
+        if self._is_logged:
+            read = functools.partial(_read_body, answer.first) if self._is_captured else Transcript
+            await self._wait(self._log(read, len(answer.first)))
+        response = web.Response(body=self._rename.answer(answer.first), status=answer.status, headers=self._headers)
+        if parts.is_draining:
+            response.force_close()
+        with suppress(ConnectionError):  # the client has left
+            await response.prepare(self._request)
+            await response.write_eof()  # now, while aiohttp would do it behind all of our accounts
+        return response
+
+    async def _send_stream(self, answer: Answer) -> web.StreamResponse:
+        response = self._response
+        is_complete = False
+        try:
+            await response.prepare(self._request)
+            async with asyncio.timeout_at(answer.deadline_s):
+                is_complete = await _copy(answer, response, self._stream)
+        except (TimeoutError, ConnectionError):  # a client that has left: the engine is told by closing its connection
+            pass
+        finally:  # on cancellation too, which is how aiohttp says that the client has left
+            written = self._log_stream(is_complete) if self._is_logged else None
+        if not is_complete:
+            if self._request.transport is not None:
+                # Without the last chunk, so that the app sees an answer cut off, as we did.
+                self._request.transport.close()
+            return response
+        if written is not None:
+            await self._wait(written)
+        if self._parts.is_draining:
+            response.force_close()
+        with suppress(ConnectionError):  # it may have left with everything but the end
+            await response.write_eof(self._stream.rest())
+        return response
+
+    def _log_stream(self, is_complete: bool) -> asyncio.Future[bool]:
+        is_whole = is_complete and self._stream.is_done
+        read = self._stream.finish if self._is_captured else Transcript
+        return self._log(read, self._stream.kept_bytes, is_aborted=not is_whole)
+
+    def _log(self, read: Callable[[], Transcript], size: int, *, is_aborted: bool = False) -> asyncio.Future[bool]:
+        """Hand the response to the spool."""
+        exchange, parts = self._exchange, self._parts
+        if exchange.prompt_key is not None and not is_aborted:
+            parts.answered.put(exchange.prompt_key, exchange.response_id)
+        ended_s = time.monotonic()
+
+        def build() -> NewRecord:
+            transcript = read()
+            return build_record(
+                exchange,
+                transcript,
+                topic=parts.responses_topic,
+                source=parts.source,
+                aborted=is_aborted or (exchange.ask.is_captured and not transcript.has_finished),
+                ended_s=ended_s,
+            )
+
+        return parts.spool.put_response(build, size + exchange.ask.size)
+
+    async def _wait(self, written: asyncio.Future[bool]) -> None:
+        """Until the response is in the spool or its time is over: then it counts as lost, though it may still get
+        there.
+        """
+        parts, arm = self._parts, self._exchange.arm
+        if written.done():  # in the journal
+            if written.result():
+                parts.tally.add(_responses_logged(arm))
+            return
+        timer = asyncio.get_running_loop().call_later(parts.gateway.capture_timeout_s, _expire, written)
+        if await written:
+            parts.tally.add(_responses_logged(arm))
+        timer.cancel()
+
+
+class _StreamResponse(web.StreamResponse):
+    _send_headers_immediately = False  # but with the first chunk, in one packet
 
 
 @functools.lru_cache(maxsize=256)
@@ -91,38 +178,6 @@ def _is_passed_on(name: str) -> bool:
     return lower not in _NOT_PASSED_ON and not lower.startswith("access-control-")
 
 
-async def _relay_stream(
-    request: web.Request,
-    answer: Answer,
-    exchange: Exchange,
-    parts: Parts,
-    stream: EventStream,
-    headers: CIMultiDict[str],
-) -> web.StreamResponse:
-    response = web.StreamResponse(headers=headers)
-    is_complete = False
-    try:
-        await response.prepare(request)
-        async with asyncio.timeout_at(answer.deadline_s):
-            is_complete = await _copy(answer, response, stream)
-    except (TimeoutError, ConnectionError):  # a client that has left: the engine is told by closing its connection
-        pass
-    finally:  # on cancellation too, which is how aiohttp says that the client has left
-        is_logged = stream.transcript is not None or not exchange.ask.is_stored
-        written = _log_stream(parts, exchange, stream, is_complete) if is_logged else None
-    if not is_complete:
-        if request.transport is not None:
-            request.transport.close()  # without the last chunk, so that the app sees an answer cut off, as we did
-        return response
-    if written is not None:
-        await _wait(written, exchange, parts)
-    if parts.is_draining:
-        response.force_close()
-    with suppress(ConnectionError):  # it may have left with everything but the end
-        await response.write_eof(stream.rest())
-    return response
-
-
 async def _copy(answer: Answer, response: web.StreamResponse, stream: EventStream) -> bool:
     """Whether the engine came to its end; what it sends goes to the app at once."""
     block = answer.first
@@ -140,46 +195,6 @@ def _read_body(body: bytes) -> Transcript:
     transcript = Transcript()
     transcript.read_body(body)
     return transcript
-
-
-def _log_stream(parts: Parts, exchange: Exchange, stream: EventStream, is_complete: bool) -> asyncio.Future[bool]:
-    is_whole = is_complete and stream.is_done
-    read = Transcript if stream.transcript is None else stream.finish
-    return _log(parts, exchange, read, stream.kept_bytes, is_aborted=not is_whole)
-
-
-def _log(
-    parts: Parts, exchange: Exchange, read: Callable[[], Transcript], size: int, *, is_aborted: bool = False
-) -> asyncio.Future[bool]:
-    """Hand the response to the spool."""
-    if exchange.prompt_key is not None and not is_aborted:
-        parts.answered.put(exchange.prompt_key, exchange.response_id)
-    ended_s = time.monotonic()
-
-    def build() -> NewRecord:
-        transcript = read()
-        return build_record(
-            exchange,
-            transcript,
-            topic=parts.responses_topic,
-            source=parts.source,
-            aborted=is_aborted or (exchange.ask.is_captured and not transcript.has_finished),
-            ended_s=ended_s,
-        )
-
-    return parts.spool.put_response(build, size + exchange.ask.size)
-
-
-async def _wait(written: asyncio.Future[bool], exchange: Exchange, parts: Parts) -> None:
-    """Until the response is in the spool or its time is over: then it counts as lost, though it may still get there."""
-    if written.done():  # in the journal
-        if written.result():
-            parts.tally.add(_responses_logged(exchange.arm))
-        return
-    timer = asyncio.get_running_loop().call_later(parts.gateway.capture_timeout_s, _expire, written)
-    if await written:
-        parts.tally.add(_responses_logged(exchange.arm))
-    timer.cancel()
 
 
 def _expire(written: asyncio.Future[bool]) -> None:

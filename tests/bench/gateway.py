@@ -147,7 +147,7 @@ def compare_first_chunk(urls: dict[str, str], seconds: float, pace_s: float) -> 
     found: dict[str, list[float]] = {name: [] for name in urls}
     for _ in range(ROUNDS):
         for name, url in urls.items():
-            found[name] += load(url, "stream", 1, seconds, chunks=3, pace_s=pace_s)["first_chunk_ms"]
+            found[name] += load(url, "stream", 1, seconds, chunks=1, pace_s=pace_s)["first_chunk_ms"]
     direct = median(found["direct"])
     for name, times in found.items():
         p50 = median(times)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
 import time
 from urllib.parse import urlsplit
@@ -37,9 +38,10 @@ def request_bytes(kind: str, chunks: int, pace_s: float) -> bytes:
 class Client(asyncio.Protocol):
     """One connection; an answer ends with its Content-Length or with the last chunk."""
 
-    def __init__(self, request: bytes, until: float) -> None:
+    def __init__(self, request: bytes, until: float, gap_s: float) -> None:
         self.request = request
         self.until = until
+        self.gap_s = gap_s
         self.latencies_ms: list[float] = []
         self.first_chunk_ms: list[float] = []
         self.chunks = 0
@@ -77,6 +79,8 @@ class Client(asyncio.Protocol):
             now = time.perf_counter()
             self.latencies_ms.append((now - self.started) * 1000)
             if now < self.until:
+                if self.gap_s:
+                    time.sleep(random.uniform(0, self.gap_s))
                 self.send()
             else:
                 self.transport.close()
@@ -93,8 +97,11 @@ async def main(url: str, kind: str, clients: int, seconds: float, chunks: int, p
     started = time.perf_counter()
     loop = asyncio.get_running_loop()
     request = request_bytes(kind, chunks, pace_s)
+    # Timers tick by the millisecond, for all processes at once: a client alone, whose answer came with a tick, asks at
+    # any time between two.
+    gap_s = 0.002 if pace_s and clients == 1 else 0.0
     made = [
-        (await loop.create_connection(lambda: Client(request, started + seconds), host, port))[1]
+        (await loop.create_connection(lambda: Client(request, started + seconds, gap_s), host, port))[1]
         for _ in range(clients)
     ]
     await asyncio.gather(*(client.done for client in made))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from loop.settings import EngineSettings
 from services.gateway.connection import Connection, GarbageError
-from services.gateway.engines import Engines
+from services.gateway.engines import Answer, Engines
 from services.gateway.errors import Refusal
 from services.gateway.relay import relayed_headers
 from tests.gateway.conftest import PATIENCE_S
@@ -315,6 +315,31 @@ async def test_an_engine_behind_tls_is_reached_where_its_certificate_is_trusted(
         for _ in range(2):
             with await engines.post("/v1/x", b"{}", {}) as answer:
                 assert answer.first == b"hello"
+        engines.close()
+
+
+async def test_headers_are_told_before_the_first_byte_and_again_of_the_replica_that_answers() -> None:
+    told: list[Answer] = []
+    is_told = asyncio.Event()
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 5\r\n\r\n"
+
+    def tell(answer: Answer) -> None:
+        told.append(answer)
+        is_told.set()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(head)
+        await is_told.wait()  # else it would wait for ever, and so would the test
+        if len(told) == 2:
+            writer.write(b"hello")
+        is_told.clear()  # and hangs up
+
+    async with engine(script) as url, asyncio.timeout(PATIENCE_S):
+        engines = Engines(EngineSettings(urls=[url]))
+        with await engines.post("/v1/x", b"{}", {}, tell) as answer:
+            assert answer.first == b"hello"
+        assert told == [told[0], answer]
         engines.close()
 
 

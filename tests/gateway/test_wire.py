@@ -74,6 +74,18 @@ async def test_no_way_of_writing_a_path_leads_past_the_allowlist(gateway: Gatewa
     assert (stub[0].admin_calls, stub[0].requests) == (0, [])
 
 
+async def test_a_streams_headers_come_with_its_first_chunk_in_one_packet(gateway: Gateway) -> None:
+    body = json.dumps(HELLO | {"stream": True, "stub": {"pace_s": 0.01}}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.url.rpartition(":")[2]))
+    writer.write(START + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    async with asyncio.timeout(PATIENCE_S):
+        packet = await reader.read(65536)
+    head, _, chunks = packet.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK")
+    assert chunks.count(b"data: ") == 1
+    writer.close()
+
+
 async def test_it_is_no_way_to_another_host(gateway: Gateway, stub: Stub) -> None:
     there = stub[1].removeprefix("http://")
     rest = f"HTTP/1.1\r\nHost: {there}\r\nConnection: close\r\n\r\n"
