@@ -161,6 +161,7 @@ _WITHOUT_NUL = {
 }
 _encoder = msgspec.json.Encoder()
 _response_decoder = msgspec.json.Decoder(ResponseEvent)
+_envelope_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _feedback_decoder = msgspec.json.Decoder(FeedbackEvent)
 
 
@@ -180,6 +181,14 @@ def encode(data: ResponseLogged | FeedbackGiven, *, event_id: str, key: str, sou
             "data": data,
         }
     )
+
+
+def without_content(value: bytes) -> bytes:
+    """A response's event, with nothing of what was said: its votes make no example. Raises EventError."""
+    data = decode_response(value).data
+    nothing: dict[str, Any] = {"messages": None, "prompt": None, "prompt_token_ids": None, "tools": None}
+    bare = msgspec.structs.replace(data, choices=[], params={}, extra={}, stored=False, **nothing)
+    return _encoder.encode(_envelope_decoder.decode(value) | {"data": bare})
 
 
 @functools.lru_cache(maxsize=16)

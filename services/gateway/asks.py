@@ -71,14 +71,21 @@ class Ask:
     rater: str | None
     message_id: str | None
     wants_token_ids: bool
-    is_captured: bool
+    is_logged: bool
+    """Whether the log has an event of it at all."""
     is_stored: bool
+    """Whether that may have what was said; if not, votes find that there was something."""
     size: int
     choices: int = 1
     is_conversation_named: bool = False
     """Whether the app named its conversation, so that it is nobody else's."""
     trace: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether it may become an example."""
+        return self.is_logged and self.is_stored
 
     def upstream_body(self, adapter: str) -> bytes:
         """The body for the engine: the adapter's name in the model's place, token ids asked for where we log."""
@@ -108,7 +115,7 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
         rater=rater or None,
         message_id=_id(_header(headers, _MESSAGE) or metadata.get("message_id"), "message"),
         wants_token_ids=bool(_value(fields, "return_token_ids")),
-        is_captured=is_stored and not is_task and _is_capturable(fields),
+        is_logged=not is_task and _is_capturable(fields),
         is_stored=is_stored,
         size=len(body),
         is_conversation_named=conversation_id is not None,

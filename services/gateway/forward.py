@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loop import metrics
+from loop.events import EventError, without_content
 from loop.log import LogUnavailableError, NewRecord, Record, RecordTooLargeError
 from loop.log.embedded import EmbeddedLog
 from loop.settings import LogSettings
@@ -57,6 +58,8 @@ class _Batch:
     records: list[Record]
     acknowledged: Future[None]
     give_up_at: float
+    is_bare: bool = False
+    """Whether a record that is too large was sent without its content."""
 
 
 class Forwarder:
@@ -106,6 +109,11 @@ class Forwarder:
         new = [NewRecord(place[0], record.key, record.value, _CONTENT_TYPE) for record in records]
         self._sent[place] = _Batch(records, self._log.send(new), time.monotonic() + GIVE_UP_S)
 
+    def _send_bare(self, place: _Place, record: Record) -> None:
+        """Instead of a response that the broker does not take, that there was one. Raises EventError for feedback."""
+        new = NewRecord(place[0], record.key, without_content(record.value), _CONTENT_TYPE)
+        self._sent[place] = _Batch([record], self._log.send([new]), time.monotonic() + GIVE_UP_S, is_bare=True)
+
     def _settle(self, place: _Place, batch: _Batch) -> None:
         end = batch.records[-1].offset + 1
         try:
@@ -118,8 +126,14 @@ class Forwarder:
             if len(batch.records) > 1:
                 self._one_by_one[place] = end
                 return
-            metrics.gateway_responses_lost.labels("too_large").inc()
-            _log.error("record left out: %s", exc, extra={"action": "forward_too_large"})
+            if not batch.is_bare:
+                metrics.gateway_responses_lost.labels("too_large").inc()
+                _log.error(
+                    "record left out or logged without its content: %s", exc, extra={"action": "forward_too_large"}
+                )
+                with suppress(EventError):
+                    self._send_bare(place, batch.records[0])
+                    return
         self._spool.drop_before(*place, end)
         self.failing.pop(place, None)
 

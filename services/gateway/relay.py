@@ -49,9 +49,8 @@ class Relay:
         """
         exchange, parts = self._exchange, self._parts
         ask = exchange.ask
-        is_good = answer.status == 200
-        self._is_captured = ask.is_captured and is_good
-        self._is_logged = self._is_captured or (not ask.is_stored and is_good)
+        self._is_logged = ask.is_logged and answer.status == 200
+        self._is_captured = self._is_logged and ask.is_stored
         self._headers = relayed_headers(answer)
         if self._is_logged:
             self._headers[RESPONSE_ID] = exchange.response_id

@@ -50,7 +50,7 @@ LONG_SHARE = 0.02
 """Of responses with 20 KB instead of 2 KB, on Kafka and Postgres."""
 WARM_UP = 0.2
 """Share of the events after which a joiner's clock begins: members have joined and partitions are theirs by then."""
-DEFAULTS = {"embedded": (150_000, 3), "kafka": (500_000, 5)}
+DEFAULTS = {"embedded": (150_000, 5), "kafka": (500_000, 5)}
 JOINERS = (1, 2)
 NewSettings = Callable[[int], Settings]
 
@@ -58,7 +58,7 @@ NewSettings = Callable[[int], Settings]
 def main() -> None:
     """Fill a log, then read it bare and join it, some times over."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.join", description=__doc__.splitlines()[0])
-    parser.add_argument("--on", nargs="+", choices=list(DEFAULTS), default=["embedded"])
+    parser.add_argument("--on", nargs="+", choices=list(DEFAULTS), default=list(DEFAULTS))
     parser.add_argument("--events", type=int)
     parser.add_argument("--runs", type=int)
     options = parser.parse_args()

@@ -93,6 +93,7 @@ async def test_an_apps_background_tasks_are_answered_and_not_logged(
         (ask, OPEN_WEBUI | {"X-OpenWebUI-Task": "title_generation"}),
         (ask, {"X-Thumbwheel-Task": "tags"}),
         (ask | {"metadata": {"message_id": "message-1", "task": "follow_up_generation"}}, None),
+        (ask | {"store": False}, OPEN_WEBUI | {"X-OpenWebUI-Task": "title_generation"}),
     ):
         status, _, response = await gateway.post("/v1/chat/completions", body, headers)
         assert status == 200

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from loop.events import decode_response
 from loop.log import LogUnavailableError, NewRecord, RecordTooLargeError
 from loop.log.embedded import EmbeddedLog
 from loop.log.partition import partition_of
 from services.gateway import forward
 from services.gateway.forward import BATCH, Forwarder
+from tests.join.traffic import response, response_id
 
 TOPICS = ("responses", "feedback")
 PARTITIONS = 2
@@ -23,6 +26,7 @@ class Broker:
 
     def __init__(self) -> None:
         self.records: list[NewRecord] = []
+        self.most_bytes = 100
         self.failures: list[str] = []
         self.away: set[tuple[str, int]] = set()
         self.given_up = 0
@@ -32,8 +36,8 @@ class Broker:
         if (records[0].topic, partition_of(records[0].key, PARTITIONS)) in self.away:
             return sent
         failure = self.failures.pop() if self.failures else ""
-        if any(len(record.value) > 100 for record in records):
-            sent.set_exception(RecordTooLargeError("expected at most 100 bytes"))
+        if any(len(record.value) > self.most_bytes for record in records):
+            sent.set_exception(RecordTooLargeError(f"expected at most {self.most_bytes} bytes"))
         elif failure == "before":
             sent.set_exception(LogUnavailableError("no broker"))
         else:
@@ -101,6 +105,31 @@ def test_a_record_that_the_broker_never_takes_holds_up_no_other(tmp_path: Path) 
         going.step()
     assert [record.value for record in broker.records] == [b"1", b"2"]
     assert not going.failing
+    spool.close()
+
+
+def test_a_response_that_the_broker_never_takes_is_logged_without_its_content(tmp_path: Path) -> None:
+    spool = EmbeddedLog(tmp_path / "spool.db", PARTITIONS)
+    key = "0123456789abcdef"
+    events = [response(response_id(key, n), message_id="m")._replace(topic=TOPICS[0]) for n in (1, 2, 3)]
+    large = msgspec.json.decode(events[1].value)
+    large["data"] |= {"messages": [{"role": "user", "content": "secret" * 1000}], "prompt_token_ids": [1] * 1000}
+    events[1] = events[1]._replace(value=msgspec.json.encode(large))
+    spool.write(events)
+    broker = Broker()
+    broker.most_bytes = 2000
+    broker.failures = ["before", "", "before", "", ""]  # between them, the broker is away
+    going = forwarder(spool, broker)
+    while not is_empty(spool):
+        going.step()
+    first, bare, last = broker.records
+    assert [first.value, last.value] == [events[0].value, events[2].value]
+    assert (bare.topic, bare.key, len(bare.value) < 1000) == (events[1].topic, events[1].key, True)
+    envelope = msgspec.json.decode(bare.value)
+    assert envelope | {"data": None} == large | {"data": None}
+    kept = decode_response(bare.value).data
+    assert (kept.response_id, kept.message_id, kept.stored) == (large["data"]["response_id"], "m", False)
+    assert (kept.choices, kept.messages, kept.prompt_token_ids) == ([], None, None)
     spool.close()
 
 

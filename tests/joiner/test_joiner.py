@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -80,10 +81,12 @@ class Process:
         return {name: sums[f"thumbwheel_joiner_{name}"] for name in names}
 
     def _sums(self, *names: str) -> dict[str, float]:
+        """Each name's series added up; NaN where there is none."""
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
         with urllib.request.urlopen(url, timeout=60) as answer:
             lines = answer.read().decode().splitlines()
-        return {name: sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)) for name in names}
+        found = {name: [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)] for name in names}
+        return {name: sum(values) if values else math.nan for name, values in found.items()}
 
 
 Start = Callable[..., Process]
@@ -201,6 +204,8 @@ def test_what_people_watch_is_on_metrics(start: Start, tmp_path: Path) -> None:
 
     wait_until(is_age_shown, "shown how long the oldest has waited")
     wait_until(is_every_batch_timed, "timed as often as counted")
+    log.append([response(id, at_ms=START_MS + 1)])
+    wait_until(lambda: joiner.metric("thumbwheel_joiner_stale_versions_total") == 1, "counted as stale")
     assert joiner.signal(signal.SIGTERM) == 0
     log.close()
     store.dispose()

@@ -246,7 +246,7 @@ def test_dead_letters_are_sent_once_with_where_they_were(store: Engine) -> None:
     (sent,) = outbox.records
     assert (sent.topic, sent.value) == (f"{RESPONSES}.dlt", b"\x00{")
     assert sent.headers["thumbwheel-topic"] == RESPONSES
-    assert sent.headers["thumbwheel-offset"] == "0"
+    assert (sent.headers["thumbwheel-partition"], sent.headers["thumbwheel-offset"]) == ("0", "0")
     assert "malformed" in sent.headers["thumbwheel-reason"]
     with store.connect() as connection:
         assert connection.execute(select(func.count()).where(dead_letters.c.sent)).scalar_one() == 1
