@@ -336,12 +336,15 @@ async def test_of_a_message_id_alone_the_joiner_is_told_whether_a_choice_was_nam
 
 
 async def test_what_an_app_concludes_weighs_what_the_settings_say(start: StartGateway) -> None:
-    gateway = await start(copy_weight=0.25)
+    gateway = await start(copy_weight=0.25, edit_weight=0.125)
     assert (await vote(gateway, message_id="m", value="up", source="copy"))[0] == 202
     assert (await vote(gateway, message_id="m", value="up", source="copy", weight=0.5))[0] == 202
-    status, body = await vote(gateway, message_id="m", value="up", source="edit")
-    assert (status, body["error"]["code"]) == (422, "source_off")
-    assert [(given.source, given.weight) for given in gateway.feedback()] == [("copy", 0.25), ("copy", 0.5)]
+    assert (await vote(gateway, message_id="m", value="up", source="edit"))[0] == 202
+    weights = [("copy", 0.25), ("copy", 0.5), ("edit", 0.125)]
+    assert [(given.source, given.weight) for given in gateway.feedback()] == weights
+    for source in ("copy", "edit"):
+        status, body = await vote(await start(), message_id="m", value="up", source=source)
+        assert (status, body["error"]["code"]) == (422, "source_off")
 
 
 async def test_an_answer_that_is_asked_for_again_gets_a_weak_vote_down(start: StartGateway) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, TopicPartition
 from kafka.admin import ConfigResource
 
 from loop.log import LogUnavailableError, NewRecord, RecordTooLargeError
@@ -46,6 +46,21 @@ def test_topics_are_made_as_the_settings_say(apache_kafka: RealKafka, admin: Any
             log.append([NewRecord(topics[0], "k", bytes(size))])
     log.append([NewRecord(topics[0], "k", b"goes on")])
     assert sum(log.end_offsets(topics[0]).values()) == 2
+    log.close()
+
+
+def test_tools_see_an_idempotent_producer_and_committed_offsets(apache_kafka: RealKafka, admin: Any) -> None:
+    settings = apache_kafka.settings(partitions=1)
+    place = TopicPartition(settings.responses_topic, 0)
+    log = open_log(settings)
+    log.append([NewRecord(place.topic, "k", b"v")])
+    assert len(admin.describe_producers([place])[place].active_producers) == 1  # of others the broker keeps no state
+    consumer = log.consumer("readers", [place.topic])
+    while not consumer.poll(1, 0.2):
+        pass
+    consumer.commit({tuple(place): 1})
+    assert admin.list_group_offsets("readers")["readers"][place].offset == 1
+    consumer.close()
     log.close()
 
 
