@@ -335,11 +335,11 @@ def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
         there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics() if topic["partitions"]}
         # The partner of a topic that is there must be like it.
         partitions = next((there[topic] for topic in pair if topic in there), settings.partitions)
-        at_least = {
+        configs = {
+            "retention.ms": settings.retention_s * 1000,
             "max.message.bytes": settings.max_message_bytes,
             "min.insync.replicas": settings.min_insync_replicas,
         }
-        configs = {"retention.ms": settings.retention_s * 1000} | at_least
         topics = (*pair, *(f"{topic}.dlt" for topic in pair))
         for topic in topics:
             if topic not in there:
@@ -353,7 +353,7 @@ def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
                 except TopicAlreadyExistsError:
                     continue  # another process of ours was quicker
         there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics(list(pair))}
-        _check_configs(admin, topics, at_least)
+        _check_configs(admin, topics, configs)
     if len({there[topic] for topic in pair}) != 1:
         counts = ", ".join(f"{topic} has {there[topic]}" for topic in pair)
         raise ValueError(
@@ -367,9 +367,10 @@ def _check_configs(admin: Any, topics: Sequence[str], at_least: Mapping[str, int
     # Brokers that do not let us see a topic's configuration answer with an empty one.
     for topic, configs in admin.describe_configs(asked, config_filter="all").get("topic", {}).items():
         for name, ours in at_least.items():
-            if name in configs and int(configs[name]["value"]) < ours:
+            found = int(configs[name]["value"]) if name in configs else ours
+            if found < ours and not (name == "retention.ms" and found == -1):  # for ever
                 log.warning(
-                    "topic %s has %s=%s, expected at least %d: alter it, or set log.%s",
-                    *(topic, name, configs[name]["value"], ours, name.replace(".", "_")),
+                    "topic %s has %s=%d, expected at least %d: alter it, or set log.%s",
+                    *(topic, name, found, ours, name.replace(".ms", "_s").replace(".", "_")),
                     extra={"action": "topic_config"},
                 )

@@ -10,6 +10,7 @@ import hmac
 import ipaddress
 from base64 import b64decode, urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from loop.keys import ID_CHARS, SCOPES, ApiKey, digest_of
@@ -113,7 +114,8 @@ class TokenSigner:
         if not any(hmac.compare_digest(_signature(one, payload), signature) for one in keyed):
             raise ValueError(f"the feedback token's signature is wrong; {_EXPECTED}")
         if now_s >= int(expiry_s):
-            raise ValueError(f"the feedback token expired at {expiry_s} (Unix time)")
+            expired_at = datetime.fromtimestamp(int(expiry_s), UTC).isoformat(" ")
+            raise ValueError(f"the feedback token expired at {expired_at}")
         return Claim(response_id, rater)
 
 

@@ -6,6 +6,7 @@ A new route is one more entry in `_PATHS`, and a test holds that none is missing
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -366,6 +367,11 @@ async def page(_: web.Request) -> web.Response:
 @cache
 def _page() -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined  # only for who reads it: the gateway starts sooner
+    from markupsafe import Markup, escape
+
+    def code(text: str) -> Markup:  # all that the descriptions have of CommonMark
+        return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
     environment = Environment(loader=PackageLoader("services.gateway", "."), autoescape=True, undefined=StrictUndefined)
+    environment.filters["code"] = code
     return environment.get_template("openapi.html").render(api=openapi())

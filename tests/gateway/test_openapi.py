@@ -11,6 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from services.gateway.openapi import openapi
+from tests.chromium import SCREENS, chromium
 from tests.gateway.conftest import Gateway
 
 NOT_DESCRIBED = {"/openapi.json", "/docs", "/{path}"}
@@ -38,11 +39,21 @@ async def test_the_page_shows_all_of_it_without_scripts(gateway: Gateway) -> Non
         page = await response.text()
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     assert "<script" not in page
+    assert "<code>Retry-After</code> says" in page
     assert not re.search(r"(?:src|href)=.https?:", page)
     for path in openapi()["paths"]:
         assert f" {path}</code>" in page
     for name in openapi()["components"]["schemas"]:
         assert f'id="{name}"' in page
+
+
+async def test_the_page_fits_every_screen(gateway: Gateway, tmp_path: Path) -> None:
+    async with chromium(tmp_path / "profile") as browser:
+        for screen, (width, _, _) in SCREENS.items():
+            await browser.open(gateway.url + "/docs", screen)
+            assert await browser.evaluate("innerWidth") == width
+            assert await browser.evaluate("document.documentElement.scrollWidth") <= width
+        assert browser.problems == []
 
 
 async def test_another_method_is_a_405_that_names_the_right_one(gateway: Gateway) -> None:

@@ -77,8 +77,8 @@ def test_only_the_record_that_is_too_large_is_called_so(apache_kafka: RealKafka)
     log.close()
 
 
-def test_a_topic_that_takes_less_than_we_send_is_warned_of(
-    apache_kafka: RealKafka, caplog: pytest.LogCaptureFixture
+def test_a_topic_that_takes_less_than_we_send_or_keeps_it_for_less_time_is_warned_of(
+    apache_kafka: RealKafka, admin: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = apache_kafka.settings(max_message_bytes=100_000)
 
@@ -93,6 +93,18 @@ def test_a_topic_that_takes_less_than_we_send_is_warned_of(
     assert len(warned) == 4
     assert f"topic {settings.feedback_topic} has max.message.bytes=100000, expected at least 200000" in warned[1]
     assert "log.max_message_bytes" in warned[1]
+    caplog.clear()
+    open_log(settings.model_copy(update={"retention_s": settings.retention_s + 1})).close()
+    assert len(warned_of()) == 4
+    ours, theirs = (settings.retention_s + 1) * 1000, settings.retention_s * 1000
+    said = f"topic {settings.feedback_topic} has retention.ms={theirs}, expected at least {ours}"
+    assert said in warned_of()[1]
+    assert "log.retention_s" in warned_of()[1]
+    caplog.clear()
+    config = ConfigResource("TOPIC", settings.feedback_topic, {"retention.ms": -1})  # for ever
+    admin.alter_configs([config])
+    open_log(settings).close()
+    assert warned_of() == []
 
 
 def test_topics_of_unequal_partition_counts_are_refused(apache_kafka: RealKafka, admin: Any) -> None:
