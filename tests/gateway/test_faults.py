@@ -22,16 +22,18 @@ Stub = tuple[StubEngine, str]
 
 
 async def test_an_app_that_reads_slowly_gets_everything(gateway: Gateway) -> None:
-    ask = HELLO | {"stream": True, "stub": {"chunks": 40, "padding": 50_000}}  # more than every buffer on the way
+    ask = HELLO | {"stream": True, "stub": {"chunks": 400, "padding": 50_000}}  # more than every buffer on the way
     received = b""
     async with gateway.http.post(gateway.url + "/v1/chat/completions", json=ask) as response:
+        await asyncio.sleep(1.0)
+        assert gateway.responses() == []  # the engine is held up
         while block := await response.content.read(100_000):
             received += block
             await asyncio.sleep(0.005)
     assert received.endswith(b"data: [DONE]\n\n")
-    assert received.count(b"word") == 40
+    assert received.count(b"word") == 400
     (logged,) = gateway.responses()
-    assert (logged.aborted, logged.choices[0].message["content"].count("word")) == (False, 40)
+    assert (logged.aborted, logged.choices[0].message["content"].count("word")) == (False, 400)
 
 
 async def test_a_body_of_50_mb_is_refused_by_default_and_taken_where_settings_say_so(
