@@ -86,6 +86,8 @@ def content_of(data: ResponseLogged, choice: Choice) -> Content:
         unfit = "truncated"
     elif not (answer or completion_ids):
         unfit = "empty"
+    elif any(map(_has_media, given)):
+        unfit = "media"
     if prompt_ids is None or completion_ids is None:
         prompt_ids = completion_ids = None
     roles, texts = (
@@ -155,6 +157,12 @@ def message_text(content: Any) -> str | None:
 
 def _is_text(message: Mapping[str, Any]) -> bool:
     return message_text(message.get("content")) is not None and not message.get("tool_calls")
+
+
+def _has_media(message: Mapping[str, Any]) -> bool:
+    """Whether there is more to the prompt than tokens say."""
+    content = message.get("content")
+    return content is not None and message_text(content) is None
 
 
 def asked_words(messages: Sequence[tuple[str, str]]) -> bytes:

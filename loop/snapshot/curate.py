@@ -15,14 +15,15 @@ from loop.settings import SnapshotSettings
 from loop.sorted_arrays import find_frequent, run_starts
 from loop.store.examples import Example
 
-# In the order in which they are applied; the first seven look at one example alone.
+# In the order in which they are applied; the first eight look at one example alone.
 STEPS = {
     "unlabelled": "no vote stands on it, or only votes of no weight",
     "aborted": "the client left, or the engine failed, before the answer was whole",
     "truncated": "the answer ran into the token limit: its missing end is nobody's choice",
     "empty": "neither text nor tokens to learn from",
+    "media": "the prompt has images or sound, of which the token ids tell nothing",
     "untokenized": "served token ids are not known and snapshot.allow_untokenized is off",
-    "untemplated": "served token ids are not known and the messages are more than text (tool calls, images)",
+    "untemplated": "served token ids are not known and the messages are more than text (tool calls)",
     "too_long": "longer than snapshot.max_tokens",
     "exact_duplicates": "the same prompt and answer again: one row is left, with the votes on all of them",
     "disagreement": "votes tie, or (snapshot.disagreement = drop) are not unanimous",

@@ -67,6 +67,8 @@ def test_a_prompt_of_which_no_text_is_known_is_none() -> None:
         ({}, {"finish_reason": "length"}, "truncated"),
         ({}, {"finish_reason": "abort"}, "aborted"),
         ({"aborted": True}, {"finish_reason": "length"}, "aborted"),
+        ({"messages": [IMAGE]}, {"finish_reason": "stop", "token_ids": [1]}, "media"),
+        ({"messages": [CALL]}, {"finish_reason": "tool_calls"}, None),
     ],
 )
 def test_what_no_votes_make_fit(fields: dict[str, Any], choice: dict[str, Any], expected: str | None) -> None:

@@ -266,7 +266,8 @@ def test_an_empty_window_gives_an_empty_snapshot(store: Engine, tmp_path: Path) 
         ("untokenized", {"completion_ids": None}, {"allow_untokenized": False}),
         ("untokenized", {"prompt_ids": [1, -1]}, {"allow_untokenized": False}),
         ("untokenized", {"completion_ids": [2**31, 1]}, {"allow_untokenized": False}),
-        ("untemplated", {"prompt_ids": None, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, {}),
+        ("media", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, {}),
+        ("untemplated", {"prompt_ids": None, "messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, {}),
         ("too_long", {"prompt_ids": [1] * 10}, {"max_tokens": 12}),
         ("disagreement", {"votes": [("a", "up", 1.0, 1), ("b", "down", 1.0, 2)]}, {}),  # a tie
         (
