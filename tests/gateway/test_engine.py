@@ -109,20 +109,6 @@ async def test_vllm_takes_the_minted_id(through: Gateway) -> None:
         assert body["id"] == response.headers["X-Thumbwheel-Response-Id"]
 
 
-async def test_vllm_sends_a_streams_headers_before_it_has_read_the_prompt(engine: RealEngine) -> None:
-    """As the stub does where it is paced; `Relay.prepare` makes use of it."""
-    body = json.dumps({"model": engine.base_name, "messages": MESSAGES, "max_tokens": 2, "stream": True}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(engine.url.rpartition(":")[2]))
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    async with asyncio.timeout(60):
-        packets = [await reader.read(65536) for _ in range(2)]
-    assert packets[0].startswith(b"HTTP/1.1 200 OK")
-    assert packets[0].endswith(b"\r\n\r\n")
-    assert b'"role":"assistant"' in packets[1]
-    writer.close()
-
-
 async def test_vllm_stops_when_the_client_has_left(through: Gateway, engine: RealEngine) -> None:
     # Many answers at once: on a busy machine a single one may have ended before its first chunk is read here.
     ask = {"model": "assistant", "messages": MESSAGES, "max_tokens": 400, "stream": True, "ignore_eos": True, "n": 32}
