@@ -12,6 +12,7 @@ from loop.log import NewRecord
 from loop.rollout.routing import Arm
 from services.gateway.answers import Transcript
 from services.gateway.asks import Ask
+from services.gateway.media import without_media
 
 _list = msgspec.json.Decoder(list[Any])
 
@@ -69,7 +70,7 @@ def _content(ask: Ask, transcript: Transcript) -> dict[str, Any]:
     return {
         "choices": transcript.choices(),
         # Raw JSON stands where decoded values would: the encoder copies it, as it came.
-        "messages": ask.fields.get("messages"),
+        "messages": without_media(ask.fields.get("messages")),
         "prompt": None if prompt is None else _prompt_text(prompt),
         "prompt_token_ids": transcript.prompt_token_ids,
         "conversation_id": ask.conversation_id,

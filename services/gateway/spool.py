@@ -3,6 +3,7 @@
 With the embedded log the spool is the log itself; else `forward.py` carries its records to the broker. Feedback goes to
 the thread, and is done when it is on disk. A response is done when it is in the journal (see there). Where the disk has
 turned slow, or the quota is used up, responses go to the thread as well for a while, and no stream waits for a write.
+Large ones, with images in them, always go there.
 
 With redaction on, a response is redacted before any of this: until then it is in memory only.
 """
@@ -27,6 +28,7 @@ from services.gateway.journal import Journal, Place, recover
 from services.gateway.redactor import RedactionError, Redactor
 
 SYNC_WITHIN_S = 0.2
+JOURNAL_BYTES = 256 * 1024  # of a request and its answer; more, as an image has, would hold up the event loop
 COLLECT_S = 0.05  # how long responses, which are safe already, wait for others to be committed with
 AVOID_SLOW_DISK_S = 10.0
 RETRY_S = 0.5
@@ -125,11 +127,11 @@ class Spool:
         await asyncio.to_thread(self._thread.join)
 
     async def _redact(self, job: _Job, redactor: Redactor) -> None:
-        if not self._build(job):
-            return
-        (record,) = job.records
         self._redacting_bytes += job.size
         try:
+            if not await asyncio.to_thread(self._build, job):
+                return
+            (record,) = job.records
             clean = record._replace(value=await redactor.redact(record.value, is_feedback=False))
         except RedactionError:
             self._lose(job, "redaction")
@@ -140,7 +142,7 @@ class Spool:
             self._redacting_bytes -= job.size
 
     def _take(self, job: _Job) -> None:
-        if self._is_full or time.monotonic() < self._slow_until:
+        if self._is_full or job.size > JOURNAL_BYTES or time.monotonic() < self._slow_until:
             self._put(job)
         elif self._build(job) and self._write_ahead(job):
             _settle([job.done], True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ import pytest
 from aiohttp import web
 from sqlalchemy import Engine
 
+from loop.content import content_of
 from loop.rollout.routing import Route
 from loop.store import write
 from loop.store.routes import oldest_generation_in_use, write_route
+from services.gateway.media import without_media
 from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, serve, until
 from tests.gateway.test_connection import engine, saying
 from tests.stub_engine import ADMIN_ROUTES, StubEngine
@@ -244,17 +249,32 @@ async def test_embeddings_are_passed_through_for_the_alias(gateway: Gateway, stu
     assert gateway.responses() == []
 
 
-async def test_images_and_sound_go_through_as_they_are(gateway: Gateway, stub: Stub) -> None:
-    content = [
-        {"type": "text", "text": "What is this?"},
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "low"}},
-        {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}},
-    ]
-    messages = [{"role": "user", "content": content}]
+@pytest.mark.parametrize("size", [6, 1_000_000])  # logged on the event loop, and by the spool's thread
+async def test_images_go_through_as_they_are_and_are_logged_as_hashes(
+    gateway: Gateway, stub: Stub, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed_on = []
+
+    def noting(messages: Any) -> Any:
+        hashed_on.append(threading.current_thread().name)
+        return without_media(messages)
+
+    monkeypatch.setattr("services.gateway.capture.without_media", noting)
+    image = base64.b64encode(bytes(size)).decode()
+    text = {"type": "text", "text": "What is this?"}
+
+    def asked(image: str) -> list[dict[str, Any]]:
+        part = {"type": "image_url", "image_url": {"url": "data:image/png;" + image, "detail": "low"}}
+        return [{"role": "user", "content": [text, part]}]
+
     for stream in (False, True):
-        assert (await gateway.chat(messages=messages, stream=stream))[0] == 200
-        assert stub[0].requests[-1]["messages"] == messages
-    assert [logged.messages for logged in gateway.responses()] == [messages, messages]
+        assert (await gateway.chat(messages=asked("base64," + image), stream=stream))[0] == 200
+        assert stub[0].requests[-1]["messages"] == asked("base64," + image)
+    digest = hashlib.sha256(image.encode()).hexdigest()
+    first, second = gateway.responses()
+    assert first.messages == second.messages == asked("sha256," + digest)
+    assert content_of(first, first.choices[0]).unfit == "media"
+    assert hashed_on == ["MainThread" if size == 6 else "spool"] * 2
 
 
 @pytest.mark.parametrize(

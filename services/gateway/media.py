@@ -1,0 +1,60 @@
+"""Images, sound and files that stand inside of messages: the log gets a hash in their place. Pure.
+
+An image has megabytes where a turn has kilobytes, and nothing is learned from it: the record would hold up a partition,
+or be over the broker's limit. The hash tells whether two were the same.
+"""
+
+from __future__ import annotations
+
+import re
+from hashlib import sha256
+from typing import Any
+
+import msgspec
+
+from services.gateway.errors import UNREADABLE
+
+_BASE64_CHARS = 1024  # of nothing but base64's: no address and no sentence has so many
+_BASE64 = re.compile(rf"[\w+/-]{{{_BASE64_CHARS}}}", re.ASCII)
+_DATA_URL = re.compile(r"(data:[^,\s]{0,200};)base64,", re.ASCII)
+
+_messages = msgspec.json.Decoder(list[dict[str, Any]])
+
+
+def without_media(messages: msgspec.Raw | None) -> msgspec.Raw | list[dict[str, Any]] | None:
+    """The messages with `data:image/png;sha256,<hex>` for a data URL and `sha256:<hex>` for other base64, in any part
+    that is not text; as they are where there is none. The hash is of the characters of the base64.
+    """
+    if messages is None or b'"type"' not in bytes(messages):  # which every part has
+        return messages
+    try:
+        decoded = _messages.decode(messages)
+    except UNREADABLE:  # the engine's to judge
+        return messages
+    hashed = [
+        message | {"content": [_hash_part(part) for part in content]}
+        if isinstance(content := message.get("content"), list)
+        else message
+        for message in decoded
+    ]
+    return messages if hashed == decoded else hashed
+
+
+def _hash_part(part: Any) -> Any:
+    return part if isinstance(part, dict) and part.get("type") == "text" else _hash(part)
+
+
+def _hash(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _hash(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_hash(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if head := _DATA_URL.match(value):
+        return f"{head[1]}sha256,{_digest(value[head.end() :])}"
+    return f"sha256:{_digest(value)}" if _BASE64.match(value) else value
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()
