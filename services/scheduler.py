@@ -30,7 +30,7 @@ from loop.rollout.vllm import EngineError
 from loop.rollout.watch import tick
 from loop.settings import Settings
 from loop.store import open_store
-from loop.store.retention import retire
+from loop.store.retention import retire_days, retire_votes
 from loop.store.routes import RouteChangedError
 from loop.store.runs import Run, drop_lease, next_run, request_run, take_lease
 from services.waiting import RETRY_S, when_there
@@ -127,15 +127,16 @@ def work_on(settings: Settings, fleet: Fleet, run: Run, holder: str, stop: threa
 
 def tidy_up(store: Engine, retention_s: float, stop: threading.Event) -> None:
     """Let go of what is older than the store's retention; what cannot be done now is done in an hour."""
+    before_ms = int((time.time() - retention_s) * 1000)
     try:
-        retired = retire(store, retention_s, int(time.time() * 1000), stop)
+        orphaned = retire_votes(store, before_ms, stop)
+        metrics.store_orphaned_votes.inc(orphaned)
+        days = [str(day) for day in retire_days(store, before_ms, stop)]
     except SQLAlchemyError as exc:
         log.warning("store not tidied", extra={"action": "tidy_failed", "why": str(exc)})
         return
-    metrics.store_orphaned_votes.inc(retired.orphaned_votes)
-    if retired.days or retired.orphaned_votes:
-        days = [str(day) for day in retired.days]
-        log.info("store tidied", extra={"action": "tidied", "days": days, "orphaned_votes": retired.orphaned_votes})
+    if days or orphaned:
+        log.info("store tidied", extra={"action": "tidied", "days": days, "orphaned_votes": orphaned})
 
 
 def ask_for_run(store: Engine) -> Run:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from datetime import UTC, date, datetime
-from typing import NamedTuple
 
 from sqlalchemy import Engine, delete, select, tuple_
 
@@ -19,29 +18,10 @@ from loop.store.schema import IS_PENDING, examples, response_index, responses, v
 ROWS = 1_000  # deleted in one transaction
 
 
-class Retired(NamedTuple):
-    """What one pass took out."""
-
-    days: list[date]
-    orphaned_votes: int
-
-
-def retire(engine: Engine, retention_s: float, now_ms: int, stop: threading.Event) -> Retired:
-    """Take out what is older than `retention_s`, and attach the next days' partitions. Ended anywhere, by `stop` too,
-    it goes on with the next call. Raises what SQLAlchemy raises.
+def retire_votes(engine: Engine, before_ms: int, stop: threading.Event) -> int:
+    """Delete the votes from before that time (Unix ms) whose response was not seen; returns how many it was. Raises
+    what SQLAlchemy raises.
     """
-    ensure_days(engine)
-    before_ms = now_ms - int(retention_s * 1000)
-    orphaned = _delete_orphans(engine, before_ms, stop)
-    first_kept = datetime.fromtimestamp(before_ms / 1000, UTC).date()
-    days: list[date] = []
-    while (day := oldest_day(engine)) is not None and day < first_kept and _forget(engine, day, stop):
-        drop_day(engine, day)
-        days.append(day)
-    return Retired(days, orphaned)
-
-
-def _delete_orphans(engine: Engine, before_ms: int, stop: threading.Event) -> int:
     columns = votes.c.key, votes.c.feedback_id
     page = select(*columns).where(IS_PENDING, votes.c.hlc < before_ms << 16).order_by(votes.c.hlc).limit(ROWS)
     deleted, found = 0, ROWS
@@ -50,6 +30,20 @@ def _delete_orphans(engine: Engine, before_ms: int, stop: threading.Event) -> in
             found = connection.execute(delete(votes).where(tuple_(*columns).in_(page))).rowcount
         deleted += found
     return deleted
+
+
+def retire_days(engine: Engine, before_ms: int, stop: threading.Event) -> list[date]:
+    """Take out the unrated responses of whole days (UTC) before that time (Unix ms), and attach the next days'
+    partitions; returns the days. Ended anywhere, by `stop` too, it goes on with the next call. Raises what SQLAlchemy
+    raises.
+    """
+    ensure_days(engine)
+    first_kept = datetime.fromtimestamp(before_ms / 1000, UTC).date()
+    days: list[date] = []
+    while (day := oldest_day(engine)) is not None and day < first_kept and _forget(engine, day, stop):
+        drop_day(engine, day)
+        days.append(day)
+    return days
 
 
 def _forget(engine: Engine, day: date, stop: threading.Event) -> bool:

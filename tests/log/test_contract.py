@@ -142,6 +142,30 @@ def test_two_members_share_the_partitions_and_the_one_left_has_all(log: EventLog
     two.close()
 
 
+def test_a_partition_of_both_topics_has_one_owner(settings: LogSettings) -> None:
+    """Their number is odd: round robin over both topics' partitions would tear them apart."""
+    topics = [f"{uuid4().hex}.{name}" for name in ("responses", "feedback")]
+    changes = {"partitions": 3, "responses_topic": topics[0], "feedback_topic": topics[1]}
+    odd = open_log(settings.model_copy(update=changes | {"path": settings.path.with_name("odd.db")}))
+    members = [odd.consumer("readers", topics) for _ in range(2)]
+    keys = {partition_of(key, 3): key for key in KEYS}
+    read: list[set[tuple[str, int]]] = [set(), set()]
+    deadline = time.monotonic() + 180
+    while sorted(map(len, read)) != [2, 4]:  # one of them has two partitions of each topic
+        assert time.monotonic() < deadline, read
+        odd.append([NewRecord(topic, key, b"v") for topic in topics for key in keys.values()])
+        shares = [member.assigned() for member in members]
+        read = [{(record.topic, record.partition) for record in member.poll(500, 0.1)} for member in members]
+        if shares != [member.assigned() for member in members]:
+            read = [set(), set()]  # they were just being assigned
+    for seen in read:
+        assert seen == {(topic, partition) for topic in topics for _, partition in seen}
+    assert not read[0] & read[1]
+    for member in members:
+        member.close()
+    odd.close()
+
+
 def test_what_was_appended_is_there_after_closing(exact_settings: LogSettings) -> None:
     log = open_log(exact_settings)
     fill(log, exact_settings.responses_topic, 20)

@@ -15,14 +15,14 @@ from loop.store import retention
 from loop.store.engine import StoreUnavailableError
 from loop.store.joining import pending_votes
 from loop.store.partitions import ensure_days, oldest_day
-from loop.store.retention import retire
+from loop.store.retention import retire_days, retire_votes
 from loop.store.schema import response_index, responses, turn_back, votes
 from tests.join.joined import examples_in
 from tests.join.traffic import DAY_MS, START_MS, feedback, response, response_id
 from tests.store.joined import READER, apply, batch_of
 
-RETENTION_S = 2 * 86_400
 NOW_MS = START_MS + 10 * DAY_MS
+BEFORE_MS = NOW_MS - 2 * DAY_MS
 IDS = [response_id(f"{n:016x}", n) for n in range(12)]
 OLDEST = f"responses_{datetime.fromtimestamp(NOW_MS / 1000 - 11 * 86_400, UTC):%Y%m%d}"
 FIRST_KEPT = datetime.fromtimestamp(NOW_MS / 1000 - 2 * 86_400, UTC).date()
@@ -54,17 +54,15 @@ def kept(store: Engine) -> tuple[set[str], set[str]]:
 
 def test_old_responses_go_and_rated_ones_stay_as_examples(aged: Engine) -> None:
     before = examples_in(aged)
-    retired = retire(aged, RETENTION_S, NOW_MS, GOING)
-    assert len(retired.days) == 9
+    assert len(retire_days(aged, BEFORE_MS, GOING)) == 9
     assert kept(aged) == ({*IDS[:3], *IDS[::2]}, set(IDS[:3]))
     assert examples_in(aged) == before
     assert len(before) == 6
-    again = retire(aged, RETENTION_S, NOW_MS, GOING)
-    assert again == ([], 0)
+    assert retire_days(aged, BEFORE_MS, GOING) == []
 
 
 def test_an_old_example_can_still_be_voted_on(aged: Engine) -> None:
-    retire(aged, RETENTION_S, NOW_MS, GOING)
+    retire_days(aged, BEFORE_MS, GOING)
     event = examples_in(aged)[IDS[10], 0]["event"]
     apply(aged, READER, batch_of(feedback("late", "down", hlc(NOW_MS), response_id=IDS[10], rater="bob")), {})
     assert examples_in(aged)[IDS[10], 0] == {
@@ -85,7 +83,7 @@ def test_votes_whose_response_never_came_are_orphans_at_last(store: Engine, monk
     young = feedback("y", "up", hlc(NOW_MS - DAY_MS), response_id=IDS[0])
     joined = [response(IDS[1], at_ms=NOW_MS), feedback("j", "up", hlc(NOW_MS - 9 * DAY_MS), response_id=IDS[1])]
     apply(store, READER, batch_of(*old, young, *joined), {})
-    assert retire(store, RETENTION_S, NOW_MS, GOING).orphaned_votes == 11  # the twelfth has met its response
+    assert retire_votes(store, BEFORE_MS, GOING) == 11  # the twelfth has met its response
     assert pending_votes(store)[0] == 1
     assert len(examples_in(store)) == 1
     with store.connect() as connection:
@@ -97,9 +95,8 @@ def test_stopped_in_the_middle_it_goes_on_with_the_next_call(aged: Engine, monke
     stop = threading.Event()
     looks = iter(range(100))
     monkeypatch.setattr(stop, "is_set", lambda: next(looks) > 6)
-    retired = retire(aged, RETENTION_S, NOW_MS, stop)
-    assert 0 < len(retired.days) < 9
-    assert len(retired.days) + len(retire(aged, RETENTION_S, NOW_MS, GOING).days) == 9
+    assert 0 < len(retire_days(aged, BEFORE_MS, stop)) < 8
+    retire_days(aged, BEFORE_MS, GOING)
     assert kept(aged) == ({*IDS[:3], *IDS[::2]}, set(IDS[:3]))
 
 
@@ -107,9 +104,9 @@ def test_who_reads_for_long_holds_up_nobody_but_the_drop(aged: Engine) -> None:
     count = select(func.count()).select_from(responses)
     with aged.connect() as reader, ThreadPoolExecutor(1) as beside:
         assert reader.execute(count).scalar_one() == 12
-        retiring = beside.submit(retire, aged, RETENTION_S, NOW_MS, GOING)
+        retiring = beside.submit(retire_days, aged, BEFORE_MS, GOING)
         if aged.dialect.name == "sqlite":  # where a reader has a snapshot
-            assert len(retiring.result().days) == 9
+            assert len(retiring.result()) == 9
             assert reader.execute(count).scalar_one() == 12
             return
         while OLDEST not in on_their_way_out(aged):
@@ -125,7 +122,7 @@ def test_who_reads_for_long_holds_up_nobody_but_the_drop(aged: Engine) -> None:
         with pytest.raises(StoreUnavailableError, match="lock timeout"):
             apply(aged, READER, late, {})
     apply(aged, READER, late, {})  # its day is made anew
-    assert len(retire(aged, RETENTION_S, NOW_MS, GOING).days) == 9
+    assert len(retire_days(aged, BEFORE_MS, GOING)) == 9
     assert oldest_day(aged) == FIRST_KEPT
 
 
@@ -136,7 +133,7 @@ def test_a_day_that_was_detached_by_one_who_was_killed_is_dropped(aged: Engine, 
         connection.execute(text(f"ALTER TABLE responses DETACH PARTITION {OLDEST}"))
     if is_late:  # an event of that day
         apply(aged, READER, batch_of(response(response_id("e" * 16, 98), at_ms=NOW_MS - 11 * DAY_MS)), {})
-    assert len(retire(aged, RETENTION_S, NOW_MS, GOING).days) == 9
+    assert len(retire_days(aged, BEFORE_MS, GOING)) == 9
     assert oldest_day(aged) == FIRST_KEPT
     with aged.connect() as connection:
         assert connection.execute(text(f"SELECT to_regclass('{OLDEST}')")).scalar_one() is None
@@ -150,12 +147,12 @@ def on_their_way_out(store: Engine) -> set[str]:
 
 def test_the_next_days_are_attached_ahead(store: Engine) -> None:
     if store.dialect.name == "sqlite":
-        retire(store, RETENTION_S, NOW_MS, GOING)
+        retire_days(store, BEFORE_MS, GOING)
         assert oldest_day(store) is None
         return
     tomorrow = "responses_" + (datetime.now(UTC).date() + timedelta(1)).strftime("%Y%m%d")
     with store.begin() as connection:
         connection.execute(text(f"DROP TABLE IF EXISTS {tomorrow}"))  # attached when the schema was made
-    retire(store, RETENTION_S, NOW_MS, GOING)
+    retire_days(store, BEFORE_MS, GOING)
     with store.connect() as connection:
         assert connection.execute(text(f"SELECT to_regclass('{tomorrow}')")).scalar_one() is not None
