@@ -26,6 +26,7 @@ from kafka.errors import (
     RebalanceInProgressError,
     TopicAlreadyExistsError,
     UnknownMemberIdError,
+    UnknownTopicOrPartitionError,
 )
 from kafka.structs import OffsetAndMetadata
 
@@ -132,7 +133,7 @@ class KafkaLog:
     def end_offsets(self, topic: str) -> dict[int, int]:
         """The next offset of each partition that has a leader to ask. Raises LogUnavailableError."""
         with self._asking() as admin:
-            partitions = [partition for found in admin.describe_topics([topic]) for partition in found["partitions"]]
+            partitions = [partition for found in _describe(admin, [topic]) for partition in found["partitions"]]
             led = sorted(partition["partition_index"] for partition in partitions if partition["leader_id"] >= 0)
             asked = {TopicPartition(topic, number): OffsetSpec.LATEST for number in led}
             ends = admin.list_partition_offsets(asked, timeout_ms=int(REQUEST_S * 1000))
@@ -142,7 +143,7 @@ class KafkaLog:
         """The cluster's id and those of the two topics. Raises LogUnavailableError."""
         pair = [self._settings.responses_topic, self._settings.feedback_topic]
         with self._asking() as admin:
-            ids = {topic["name"]: str(topic["topic_id"]) for topic in admin.describe_topics(pair)}
+            ids = {topic["name"]: str(topic["topic_id"]) for topic in _describe(admin, pair)}
             return " ".join([str(admin.describe_cluster()["cluster_id"]), *(ids[topic] for topic in pair)])
 
     def close(self) -> None:
@@ -223,8 +224,11 @@ class KafkaGroupConsumer:
         return {place.partition for place in self._consumer.assignment()}
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
-        """Read on at `offset`; where retention has taken that, at the first record that is left."""
-        self._consumer.seek(TopicPartition(topic, partition), offset)
+        """Read on at `offset`; where retention has taken that, at the first record that is left. Nothing to do where
+        the partition is not ours any more, as the client's own thread may have learned meanwhile.
+        """
+        with suppress(ValueError, KeyError):
+            self._consumer.seek(TopicPartition(topic, partition), offset)
 
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         """The next records of the owned partitions, in order within each; empty after `timeout_s`, and while the
@@ -327,6 +331,15 @@ def _admin(client: dict[str, Any]) -> Iterator[Any]:
         yield admin
     finally:
         admin.close()
+
+
+def _describe(admin: Any, topics: Sequence[str]) -> list[dict[str, Any]]:
+    """Raises KafkaError for a topic that is not there: the client gives it a null id and no partitions."""
+    found: list[dict[str, Any]] = admin.describe_topics(list(topics))
+    for topic in found:
+        if topic["error_code"] == UnknownTopicOrPartitionError.errno:
+            raise UnknownTopicOrPartitionError(f"there is no topic {topic['name']}")
+    return found
 
 
 def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:

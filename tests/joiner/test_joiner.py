@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka import KafkaAdminClient
 from pydantic import SecretStr
 from sqlalchemy import Engine
 
@@ -26,7 +27,7 @@ from loop.settings import LogSettings, Settings, StoreSettings
 from loop.store import open_store
 from loop.store.engine import IDLE_IN_TRANSACTION_S
 from tests.conftest import wait_until
-from tests.join.joined import examples_in, is_joined
+from tests.join.joined import examples_in, is_joined, told
 from tests.join.oracle import examples_of
 from tests.join.traffic import RESPONSES, START_MS, colliding_events, feedback, response, response_id
 from tests.ports import free_port
@@ -283,6 +284,60 @@ def test_brokers_that_are_away_are_waited_for(start: Start, apache_kafka: RealKa
     assert joiner.signal(signal.SIGTERM) == 0
     log.close()
     store.dispose()
+
+
+@pytest.mark.parametrize("is_asleep", [False, True])  # then it never sees that they were not there
+def test_topics_made_anew_are_joined_from_their_beginning(
+    start: Start, apache_kafka: RealKafka, tmp_path: Path, is_asleep: bool
+) -> None:
+    settings = Settings(log=apache_kafka.settings(), store=embedded(tmp_path).store)
+    log, store = open_log(settings.log), open_store(settings.store)
+    events = on_topics_of(settings, colliding_events(14, 400))
+    joiner = start(settings)
+    log.append(events[:300])
+    wait_until(lambda: is_joined(store, log, settings), "joined the first ones")
+    old = log.identity()
+    if is_asleep:
+        joiner.process.send_signal(signal.SIGSTOP)
+        wait_until(joiner.is_stopped, "stopped")
+    admin = KafkaAdminClient(bootstrap_servers=[apache_kafka.server])
+    topics = [settings.log.responses_topic, settings.log.feedback_topic]
+    admin.delete_topics(topics)
+    wait_until(lambda: not {*topics} & {topic["name"] for topic in admin.describe_topics()}, "deleted")
+    admin.close()
+    log.close()
+    log = told(lambda: open_log(settings.log))  # makes them, with other ids and offsets from 0
+    assert log.identity().split()[0] == old.split()[0]
+    assert not set(log.identity().split()[1:]) & set(old.split()[1:])
+    log.append(events[300:])
+    joiner.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: is_joined(store, log, settings), "joined what is in the new ones")
+    assert '"joiner_moved"' in joiner.actions() or not is_asleep
+    assert examples_in(store) == examples_of(events, settings.log.responses_topic)
+    assert joiner.signal(signal.SIGTERM) == 0
+    log.close()
+    store.dispose()
+
+
+def test_a_second_group_on_another_number_of_partitions_comes_to_the_same(
+    start: Start, apache_kafka: RealKafka, postgres: RealPostgres, tmp_path: Path
+) -> None:
+    events = colliding_events(15, 1_200)
+    stores = []
+    for partitions, store_settings in ((3, embedded(tmp_path).store), (7, postgres.new_store())):
+        log_settings = apache_kafka.settings(partitions=partitions)
+        settings = Settings(log=log_settings, store=store_settings)
+        log, store = open_log(settings.log), open_store(settings.store)
+        joiner = start(settings)
+        log.append(on_topics_of(settings, events))
+        wait_until(partial(is_joined, store, log, settings), "joined")
+        assert joiner.signal(signal.SIGTERM) == 0
+        assert set(log.end_offsets(log_settings.feedback_topic)) == set(range(partitions))
+        log.close()
+        stores.append(examples_in(store))
+        store.dispose()
+        random.Random(15).shuffle(events)
+    assert stores[0] == stores[1] == examples_of(events, RESPONSES)
 
 
 @pytest.mark.parametrize(("point", "result"), [("copy", "moved"), ("positions", "unavailable")])

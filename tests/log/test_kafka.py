@@ -77,7 +77,7 @@ def test_only_the_record_that_is_too_large_is_called_so(apache_kafka: RealKafka)
     log.close()
 
 
-def test_a_topic_that_takes_less_than_we_send_or_keeps_it_for_less_time_is_warned_of(
+def test_a_topic_that_promises_less_than_we_count_on_is_warned_of(
     apache_kafka: RealKafka, admin: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = apache_kafka.settings(max_message_bytes=100_000)
@@ -100,6 +100,10 @@ def test_a_topic_that_takes_less_than_we_send_or_keeps_it_for_less_time_is_warne
     said = f"topic {settings.feedback_topic} has retention.ms={theirs}, expected at least {ours}"
     assert said in warned_of()[1]
     assert "log.retention_s" in warned_of()[1]
+    caplog.clear()
+    open_log(settings.model_copy(update={"min_insync_replicas": 2})).close()
+    assert f"topic {settings.feedback_topic} has min.insync.replicas=1, expected at least 2" in warned_of()[1]
+    assert "log.min_insync_replicas" in warned_of()[1]
     caplog.clear()
     config = ConfigResource("TOPIC", settings.feedback_topic, {"retention.ms": -1})  # for ever
     admin.alter_configs([config])
