@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +27,10 @@ from sqlalchemy import Engine
 from loop.log import NewRecord
 from loop.log.kafka import SESSION_TIMEOUT_S
 from loop.log.open import open_log
-from loop.settings import LogSettings, Settings, StoreSettings
+from loop.settings import JoinerSettings, LogSettings, Settings, StoreSettings
 from loop.store import open_store
 from loop.store.engine import IDLE_IN_TRANSACTION_S
+from services.joiner import Joiner
 from tests.conftest import wait_until
 from tests.join.joined import examples_in, is_joined, told
 from tests.join.oracle import examples_of
@@ -208,6 +213,32 @@ def test_what_people_watch_is_on_metrics(start: Start, tmp_path: Path) -> None:
     log.append([response(id, at_ms=START_MS + 1)])
     wait_until(lambda: joiner.metric("thumbwheel_joiner_stale_versions_total") == 1, "counted as stale")
     assert joiner.signal(signal.SIGTERM) == 0
+    log.close()
+    store.dispose()
+
+
+def test_its_memory_does_not_grow_with_what_it_joins(tmp_path: Path) -> None:
+    settings = embedded(tmp_path).model_copy(update={"joiner": JoinerSettings(batch_events=100, poll_timeout_s=0.01)})
+    log, store, stop = open_log(settings.log), open_store(settings.store), threading.Event()
+    events = colliding_events(3, 4_000)
+    grown_by = []
+    tracemalloc.start()
+    try:
+        with ThreadPoolExecutor(1) as beside:
+            joining = beside.submit(Joiner(settings, store, log).run, stop)
+            for first in range(0, 4_000, 1_000):
+                log.append(events[first : first + 1_000])
+                wait_until(lambda: is_joined(store, log, settings) or joining.done(), "joined")
+                gc.collect()
+                grown_by.append(tracemalloc.get_traced_memory()[0])
+            stop.set()
+            joining.result()
+    finally:
+        tracemalloc.stop()
+        stop.set()
+    size = sum(len(event.value) for event in events[2_000:])
+    # The first ones warm caches up; of the rest not even a twentieth stays.
+    assert grown_by[3] - grown_by[1] < size / 20, grown_by
     log.close()
     store.dispose()
 
