@@ -50,7 +50,9 @@ class KafkaLog:
 
         Raises LogUnavailableError, and ValueError where the topics' partition counts differ.
         """
-        logging.getLogger("kafka").setLevel(logging.ERROR)  # what it warns of is retried, or raised to us
+        logging.getLogger("kafka").setLevel(
+            logging.CRITICAL
+        )  # all else is retried, or raised to us, and we say it once
         self._settings = settings
         self._client = _client_settings(settings)
         self._lock = threading.Lock()

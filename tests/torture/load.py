@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -28,6 +27,8 @@ class Promised:
     """Ids of responses that a client has got to the last byte."""
     feedback: set[str] = field(default_factory=set)
     """Ids of feedback that got a 202."""
+    refused: list[str] = field(default_factory=list)
+    """Chats and votes that got no good answer within TIMEOUT_S, in words."""
 
 
 async def put_load(urls: list[str], users: int, seed: int, promised: Promised, stop: asyncio.Event) -> None:
@@ -43,8 +44,10 @@ async def _use(
 ) -> None:
     known: deque[str] = deque(maxlen=50)
     while not stop.is_set():
-        with suppress(*AWAY):  # what a gateway has not promised it may forget
+        try:
             await _chat(http, random_.choice(urls), random_, known, promised)
+        except AWAY as exc:  # what a gateway has not promised it may forget
+            promised.refused.append(f"chat: {exc!r}")
         for _ in range(random_.choice([0, 1, 1, 2])):
             await _vote(http, urls, random_, known, promised)
         await asyncio.sleep(PAUSE_S)
@@ -59,7 +62,9 @@ async def _chat(
     body = _CHAT | {"stream": random_.random() < 0.3, "n": random_.choice([1, 1, 1, 2])}
     async with http.post(url + "/v1/chat/completions", json=body, headers=headers) as answer:
         await answer.read()
-        if answer.status == 200:
+        if answer.status != 200:
+            promised.refused.append(f"chat: {answer.status}")
+        else:
             id = answer.headers["X-Thumbwheel-Response-Id"]
             known.append(id)
             promised.responses.add(id)
@@ -86,5 +91,8 @@ async def _vote(
                     promised.feedback.add(vote["feedback_id"])
                     if random_.random() < 0.95:
                         return
-        except AWAY:
+                else:
+                    promised.refused.append(f"vote: {answer.status}")
+        except AWAY as exc:
+            promised.refused.append(f"vote: {exc!r}")
             await asyncio.sleep(PAUSE_S)

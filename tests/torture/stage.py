@@ -30,6 +30,7 @@ class Service:
     environment: dict[str, str]
     log: Path
     url: str = ""
+    metrics_url: str = ""
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -132,7 +133,7 @@ class Stage:
             "GATEWAY__CAPTURE_TIMEOUT_S": "5",
         }
         service = self._service(f"gateway-{number}", ["services.cli", "gateway"], changes)
-        service.url = f"http://127.0.0.1:{port}"
+        service.url, service.metrics_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}"
         return service
 
     def _service(self, name: str, command: list[str], changes: dict[str, str]) -> Service:

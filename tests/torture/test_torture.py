@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import urllib.request
 from pathlib import Path
 
 from loop.events import decode_feedback
@@ -16,7 +17,10 @@ from tests.services_real import RealKafka, RealPostgres
 from tests.torture.faults import KINDS
 from tests.torture.load import Promised, put_load
 from tests.torture.run import LEAST_EVENTS, judge, read_all, settle_and_judge, torture, wait_until
-from tests.torture.stage import Stage
+from tests.torture.stage import Service, Stage
+
+SPOOLED = "thumbwheel_gateway_spool_records"
+AWAY_S = 40.0
 
 
 async def test_one_fault_of_each_kind_loses_nothing_and_doubles_nothing(
@@ -38,14 +42,23 @@ async def test_with_kafka_away_under_load_all_arrives_afterwards_in_order(
     try:
         load = asyncio.create_task(put_load([gateway.url], 16, 2, promised, stop))
         await asyncio.to_thread(wait_until, lambda: sum_of_ends(stage) > 100, "in Kafka")
+        refused = len(promised.refused)
         await asyncio.to_thread(kafka.stop, kill=True)
         await asyncio.to_thread(wait_until, lambda: stage.unsent() > 300, "waiting")
+        await asyncio.to_thread(wait_until, lambda: metric(gateway, SPOOLED) > 300, "shown")
+        # Longer than the client's `send` may block, and than a batch is waited for before a new producer is made.
+        await asyncio.sleep(AWAY_S)
+        assert promised.refused[refused:] == []
+        assert has_said(gateway, "forward_failed") == 1
         gateway.end(signal.SIGKILL)
         gateway.start()
         await asyncio.to_thread(wait_until, lambda: stage.unsent() > 600, "waiting for longer")
+        await asyncio.to_thread(wait_until, lambda: has_said(gateway, "forward_failed") == 2, "said so again")
         await asyncio.to_thread(kafka.start)
+        await asyncio.to_thread(wait_until, lambda: has_said(gateway, "forward_resumed") == 1, "said to go on")
         stop.set()
         await load
+        await asyncio.to_thread(wait_until, lambda: metric(gateway, SPOOLED) == 0, "shown")
         found = await asyncio.to_thread(settle_and_judge, stage, promised)
     finally:
         stage.kill()
@@ -60,6 +73,18 @@ async def test_with_kafka_away_under_load_all_arrives_afterwards_in_order(
     log.close()
     assert any(len(of_key) > 1 for of_key in stamps.values())
     assert all(list(of_key.values()) == sorted(of_key.values()) for of_key in stamps.values())
+
+
+def metric(service: Service, name: str) -> float:
+    """The one of that name."""
+    with urllib.request.urlopen(f"{service.metrics_url}/metrics", timeout=60) as answer:
+        (line,) = [line for line in answer.read().decode().splitlines() if line.startswith(name + " ")]
+    return float(line.split()[1])
+
+
+def has_said(service: Service, action: str) -> int:
+    """How often."""
+    return service.log.read_text().count(f'"action": "{action}"')
 
 
 def sum_of_ends(stage: Stage) -> int:
