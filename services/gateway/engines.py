@@ -14,6 +14,8 @@ from services.gateway.errors import Refusal
 
 HEALTH_EVERY_S = 1.0
 HEALTH_TIMEOUT_S = 2.0
+# A busy engine may miss one; its requests are left with it for as long as it may be no more than that.
+DEAD_AFTER_MISSES = 3
 RETRY_AFTER_S = 1
 # Uvicorn closes idle connections after 5 s: one that we might find closed is better not used any more.
 IDLE_CONNECTION_S = 4.0
@@ -28,6 +30,10 @@ class Replica:
         self.url = url
         self.open_requests = 0
         self.is_up = True
+        self.misses = 0
+        """Checks of its health in a row that it did not answer."""
+        self.unanswered: set[Connection | None] = set()
+        """Those whose answer's first byte has not come."""
         self._idle: list[tuple[float, Connection]] = []
         parts = urlsplit(url)
         self.host = parts.netloc.rpartition("@")[2]
@@ -173,6 +179,7 @@ class Engines:
         connection = None
         try:
             connection = replica.take() or await self._connect(replica)
+            replica.unanswered.add(connection)
             deadline_s = self._loop.time() + self._timeout_s
             await connection.ask(head, body, deadline_s)
             answer = Answer(replica, connection, deadline_s)
@@ -185,6 +192,8 @@ class Engines:
             if connection is not None:
                 connection.abort()
             raise
+        finally:
+            replica.unanswered.discard(connection)
 
     def _head(self, replica: Replica, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
         given = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -208,10 +217,23 @@ class Engines:
             try:
                 await connection.ask(self._head(replica, "GET", "/health", b"", {}), b"", deadline_s)
                 self._mark(replica, connection.status == 200)
+                replica.misses = 0
             finally:
                 connection.abort()
         except (OSError, GarbageError):  # TimeoutError among them
             self._mark(replica, False)
+            replica.misses += 1
+            if replica.misses >= DEAD_AFTER_MISSES and self.is_up:
+                self._move_from(replica)
+
+    def _move_from(self, dead: Replica) -> None:
+        """Hang up where no byte has come, so that another replica is asked: one that hangs closes no connection."""
+        if dead.unanswered:
+            message = "%d requests move away from engine %s, which hangs"
+            _log.warning(message, len(dead.unanswered), dead.url, extra={"action": "engine_hangs"})
+        for connection in dead.unanswered:
+            if connection is not None:
+                connection.abort()
 
     def _mark(self, replica: Replica, is_up: bool) -> None:
         if is_up is not replica.is_up:

@@ -54,6 +54,7 @@ def gateways(number: int, engine: str, folder: Path) -> Iterator[str]:
         "THUMBWHEEL_GATEWAY__PORT": str(port),
         "THUMBWHEEL_GATEWAY__METRICS_PORT": str(free_port()),
         "THUMBWHEEL_GATEWAY__PROCESSES": str(number),
+        "THUMBWHEEL_GATEWAY__TOKEN_SECRET": "of-the-bench-and-nobody-else's-secret",
         "THUMBWHEEL_LOG__PATH": str(folder / f"log-{number}.db"),
         "THUMBWHEEL_STORE__URL": f"sqlite:///{folder}/store-{number}.db",
     }

@@ -159,6 +159,73 @@ async def test_a_dead_replica_is_taken_out_and_back_without_a_failed_request(
     await runner.cleanup()
 
 
+@pytest.mark.parametrize("fault", ["slow", "stall"])  # before its headers, and after them, with no byte of the body
+async def test_a_replica_that_hangs_keeps_no_request_whose_first_byte_it_has_not_sent(
+    start: StartGateway, stub: Stub, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(engines, "HEALTH_EVERY_S", 0.05)
+    monkeypatch.setattr(engines, "HEALTH_TIMEOUT_S", 0.2)
+    hangs, released = asyncio.Event(), asyncio.Event()
+
+    async def health(_: web.Request) -> web.Response:
+        if hangs.is_set():
+            await released.wait()
+        return web.Response()
+
+    async def hang(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        if fault == "stall":
+            await response.prepare(request)
+            await response.write(b"")
+        hangs.set()
+        await released.wait()
+        return response
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", hang)
+    app.router.add_get("/health", health)
+    runner, url = await serve(app)
+    gateway: Gateway = await start(engine={"urls": [url, stub[1]], "request_timeout_s": 600})
+    async with asyncio.timeout(PATIENCE_S):
+        answers = await asyncio.gather(*(gateway.chat(stream=True) for _ in range(4)))
+    assert hangs.is_set()
+    assert [status for status, _, _ in answers] == [200] * 4
+    assert len(stub[0].requests) == 4
+    assert {replica.open_requests for replica in gateway.parts.engines.replicas} == {0}
+    assert not gateway.parts.engines.replicas[0].unanswered
+    released.set()
+    await until(lambda: gateway.parts.engines.replicas[0].is_up)
+    await runner.cleanup()
+
+
+async def test_the_only_engine_keeps_its_requests_while_it_hangs(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "HEALTH_EVERY_S", 0.05)
+    monkeypatch.setattr(engines, "HEALTH_TIMEOUT_S", 0.05)
+    asked, missed = 0, asyncio.Event()
+
+    async def health(_: web.Request) -> web.Response:
+        await missed.wait()
+        return web.Response()
+
+    async def answer(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        await until(lambda: gateway.parts.engines.replicas[0].misses > engines.DEAD_AFTER_MISSES)
+        return web.json_response({"choices": []})
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    app.router.add_get("/health", health)
+    runner, url = await serve(app)
+    gateway: Gateway = await start(engine={"urls": [url]})
+    assert (await gateway.chat())[0] == 200
+    assert asked == 1
+    missed.set()
+    await runner.cleanup()
+
+
 async def test_an_engine_that_is_ill_gets_no_requests(
     start: StartGateway, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
