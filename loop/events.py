@@ -32,7 +32,8 @@ IMPLICIT_SOURCES = frozenset({"regenerate", "copy", "edit"})
 # Postgres' text holds every character but NUL. That is said here, and checked in `_checked`: a regular expression for
 # each of these strings took a seventh of the time.
 _NO_NUL = {"pattern": r"^[^\x00]*$"}
-Id = Annotated[str, msgspec.Meta(max_length=256, extra_json_schema=_NO_NUL)]
+MAX_ID_CHARS = 256
+Id = Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS, extra_json_schema=_NO_NUL)]
 ResponseId = Annotated[str, msgspec.Meta(max_length=80, pattern=_RESPONSE_ID.pattern)]
 Key = Annotated[str, msgspec.Meta(max_length=16, pattern=r"^[0-9a-f]{16}$")]
 Name = Annotated[str, msgspec.Meta(max_length=160, extra_json_schema=_NO_NUL)]
@@ -242,6 +243,16 @@ class RandomBytes:
 def random_key(take: Callable[[int], bytes] = os.urandom) -> str:
     """A key for a response whose app gave no message id: 16 random hex digits."""
     return take(8).hex()
+
+
+def fitting_id(given: str) -> str:
+    """An app's own id as events hold it: one that is too long, or has characters that no id has, as the form of its
+    `message_digest`.
+    """
+    if len(given) <= MAX_ID_CHARS and given.isprintable():
+        return given
+    digest = hashlib.sha256(given.encode(errors="surrogatepass"))  # a header may have bytes that are no text
+    return f"sha256:{digest.hexdigest()[:32]}"
 
 
 def message_digest(message_id: str) -> str:

@@ -15,12 +15,11 @@ import msgspec
 from msgspec import Raw
 from multidict import istr
 
-from loop.events import hash_rater
+from loop.events import fitting_id, hash_rater
 from services.gateway.errors import UNREADABLE, Refusal
 
 Endpoint = Literal["chat", "completions"]
 
-MAX_ID_CHARS = 256
 MAX_TRACE_CHARS = 512
 # What apps may call their ids in headers: our names, and Open WebUI's (ENABLE_FORWARD_USER_INFO_HEADERS).
 _CONVERSATION = istr("X-Thumbwheel-Conversation-Id"), istr("X-OpenWebUI-Chat-Id")
@@ -100,9 +99,9 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
     fields = read_fields(body)
     metadata = _value(fields, "metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
-    user = _value(fields, "user") or _id(_header(headers, _USER), "user")
+    user = _value(fields, "user") or _id(_header(headers, _USER))
     rater = hash_rater(rater_salt, user) if isinstance(user, str) else ""
-    conversation_id = _id(_header(headers, _CONVERSATION) or metadata.get("conversation_id"), "conversation")
+    conversation_id = _id(_header(headers, _CONVERSATION) or metadata.get("conversation_id"))
     is_task = bool(_header(headers, _TASK) or metadata.get("task"))  # a title, tags: nobody sees it, nobody votes on it
     choices = _value(fields, "n")
     # What is neither a yes nor a no was meant to say something, and is safer taken for a no.
@@ -113,7 +112,7 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
         model=read_model(fields),
         conversation_id=conversation_id or rater or _first_turn(fields),
         rater=rater or None,
-        message_id=_id(_header(headers, _MESSAGE) or metadata.get("message_id"), "message"),
+        message_id=_id(_header(headers, _MESSAGE) or metadata.get("message_id")),
         wants_token_ids=bool(_value(fields, "return_token_ids")),
         is_logged=not is_task and _is_capturable(fields),
         is_stored=is_stored,
@@ -171,16 +170,9 @@ def _header(headers: Mapping[str, str], names: Iterable[str]) -> str | None:
     return None
 
 
-def _id(value: Any, what: str) -> str | None:
-    if value is None or value == "":
-        return None
-    if isinstance(value, str) and len(value) <= MAX_ID_CHARS and value.isprintable():
-        return value
-    raise Refusal(
-        400,
-        f"{what}_id is {str(value)[:80]!r}; expected at most {MAX_ID_CHARS} printable characters",
-        param=f"{what}_id",
-    )
+def _id(value: Any) -> str | None:
+    """An app's own id, whatever it looks like: no chat fails for it."""
+    return fitting_id(str(value)) if isinstance(value, str | int) and value != "" else None
 
 
 def _first_turn(fields: Mapping[str, Raw]) -> str:

@@ -24,9 +24,11 @@ from msgspec import Meta, Raw
 from loop import metrics
 from loop.events import (
     IMPLICIT_SOURCES,
+    MAX_ID_CHARS,
     FeedbackGiven,
     FeedbackValue,
     encode,
+    fitting_id,
     has_several_choices,
     hash_rater,
     key_of_message_id,
@@ -34,7 +36,6 @@ from loop.events import (
     uuid7,
 )
 from loop.log import NewRecord
-from services.gateway.asks import MAX_ID_CHARS
 from services.gateway.errors import UNREADABLE, Refusal, read_body
 from services.gateway.parts import PARTS, Parts
 from services.gateway.redactor import RedactionError, Redactor
@@ -61,7 +62,7 @@ class Vote(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     value: str
     response_id: Id | None = None
-    message_id: Id | None = None
+    message_id: Annotated[str, Meta(min_length=1)] | None = None  # whatever a chat's request took
     choice_index: Annotated[float, Meta(ge=0, le=1023, multiple_of=1)] | None = None  # in JSON 1.0 is an integer
     rater: Id | None = None
     comment: Comment | None = None
@@ -212,10 +213,13 @@ def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> Fee
     """The event's data, stamped. Raises Refusal 422 where the vote names no response that can be, or no choice of
     several, or a source that is off, and 429 where its rater votes too fast.
     """
-    if response_id is None and vote.message_id is None:
-        raise Refusal(422, "the vote names no response; give response_id, message_id or token", param="response_id")
+    message_id = None
+    if response_id is None:
+        if vote.message_id is None:
+            raise Refusal(422, "the vote names no response; give response_id, message_id or token", param="response_id")
+        message_id = fitting_id(vote.message_id)
     try:
-        key = key_of_response_id(response_id) if response_id is not None else key_of_message_id(vote.message_id or "")
+        key = key_of_message_id(message_id) if message_id is not None else key_of_response_id(response_id or "")
     except ValueError as exc:
         raise Refusal(422, str(exc), param="response_id") from exc
     has_several = key in parts.with_choices if response_id is None else has_several_choices(response_id)
@@ -236,7 +240,7 @@ def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> Fee
         value=cast(FeedbackValue, vote.value),
         hlc=parts.stamp(),
         response_id=response_id,
-        message_id=vote.message_id if response_id is None else None,
+        message_id=message_id,
         choice_index=int(vote.choice_index or 0),
         # Another process may have answered, so that only the joiner sees how many there are.
         names_choice=response_id is not None or vote.choice_index is not None,

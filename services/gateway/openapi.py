@@ -15,7 +15,6 @@ import msgspec
 from aiohttp import web
 
 from loop.events import ResponseId
-from services.gateway.asks import MAX_ID_CHARS
 from services.gateway.feedback import MAX_ITEMS, VALUES, Vote
 from services.gateway.proxy import NO_RESPONSES
 from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
@@ -36,8 +35,8 @@ _ERRORS = {
     "502": "The engine's answer could not be read.",
     "503": _ENGINE_TIMES,
 }
-_ID: Schema = {"type": ["string", "null"], "maxLength": MAX_ID_CHARS, "pattern": "^[^\\u0000-\\u001f\\u007f]*$"}
-_HEADER_ID: Schema = {"type": "string", "maxLength": MAX_ID_CHARS, "pattern": "^[\\x21-\\x7e]*$"}
+_ID: Schema = {"type": ["string", "integer", "null"]}
+_HEADER_ID: Schema = {"type": "string", "pattern": "^[\\x21-\\x7e]*$"}
 
 
 def _ref(name: str) -> Schema:

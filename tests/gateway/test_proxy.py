@@ -284,8 +284,6 @@ async def test_images_go_through_as_they_are_and_are_logged_as_hashes(
         (b"[1]", 400, "not a JSON object"),
         (b'{"model": 5}', 400, "model is 5"),
         (b'{"model": "assistant", "messages": 5}', 400, "not iterable"),  # the engine's own error, passed on
-        (json.dumps(HELLO | {"metadata": {"message_id": "x" * 300}}).encode(), 400, "message_id is"),
-        (json.dumps(HELLO | {"metadata": {"conversation_id": "a\n\0b"}}).encode(), 400, "conversation_id is"),
         (b'{"model": "assistant", "x": "' + b"x" * 5000 + b'"}', 413, "larger than 4096"),
     ],
 )
