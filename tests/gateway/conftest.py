@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,3 +152,12 @@ async def metrics_url(gateway: Gateway) -> AsyncIterator[str]:
     runner, url = await serve(create_metrics_app(gateway.app))
     yield url
     await runner.cleanup()
+
+
+async def install_beside(folder: Path, *requirements: str) -> None:
+    """Install packages there, for a process with the folder on its PYTHONPATH: they ask for other versions than our
+    pins, and run with these as well.
+    """
+    pip = (sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--retries=12")
+    child = await asyncio.create_subprocess_exec(*pip, "--target", folder, *requirements)
+    assert await child.wait() == 0

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 from services.gateway.proxy import not_served
 from tests.conftest import RealEngine
-from tests.gateway.conftest import Gateway, StartGateway, until
+from tests.gateway.conftest import Gateway, StartGateway, install_beside, until
 
 pytestmark = pytest.mark.engine
 OPENAI_NODE = "openai@7.57.0"
@@ -248,21 +248,7 @@ async def test_openai_for_node_works(through: Gateway, tmp_path: Path) -> None:
 
 
 async def test_the_litellm_client_works(through: Gateway, tmp_path: Path) -> None:
-    # Beside our own packages, not among them: it asks for other versions than our pins, and runs with these as well.
-    pip = (
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-qq",
-        "--disable-pip-version-check",
-        "--retries=12",
-        "--no-deps",
-        "--target",
-        tmp_path,
-    )
-    child = await asyncio.create_subprocess_exec(*pip, *LITELLM)
-    assert await child.wait() == 0
+    await install_beside(tmp_path, "--no-deps", *LITELLM)
     script = Path(__file__).with_name("litellm_client.py")
     found = await output_of("env", f"PYTHONPATH={tmp_path}", sys.executable, script, through.url, cwd=tmp_path)
     assert found["whole"] == found["streamed"] != ""

@@ -101,7 +101,6 @@ async def test_a_restart_goes_on_above_every_process_that_shared_the_log(
         (b'{"value": "up", "response_id": "chatcmpl-123"}', 422, "'chatcmpl-123' was not minted"),
         (b'{"value": "up", "response_id": "x\'; DROP TABLE votes; --"}', 422, "was not minted"),
         (b'{"value": "up", "message_id": ""}', 422, "$.message_id"),
-        (b'{"value": "up", "message_id": ""}', 422, "$.message_id"),
         (b'{"value": "up", "message_id": "m", "choice_index": -1}', 422, ">= 0"),
         (b'{"value": "up", "message_id": "m", "weight": 0}', 422, "> 0"),
         (b'{"value": "up", "message_id": "m", "wieght": 1}', 422, "wieght"),

@@ -21,12 +21,14 @@ from loop.events import Choice, FeedbackGiven, ResponseLogged, decode_feedback, 
 from services.gateway import redactor
 from services.gateway.redact import Span, builtin, presidio, redact_event, redact_text
 from services.gateway.redactor import RedactionError, Redactor
-from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, until
+from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, install_beside, until
 from tests.gateway.test_feedback import RESPONSE_ID
 
 KEY = "0123456789abcdef"
 CARD = "4111 1111 1111 1111"
 SECRET = "sk-" + "a1" * 12
+IBAN = "DE89370400440532013000"
+PRESIDIO = "presidio-analyzer==2.2.366"
 
 
 def clean(text: str) -> str:
@@ -177,6 +179,35 @@ def test_presidio_adds_to_the_builtin_set(analyzer: list[Any]) -> None:
 def test_overlaps_are_one() -> None:
     spans = [Span(2, 6, "B"), Span(0, 4, "A"), Span(5, 8, "C"), Span(8, 9, "D")]
     assert redact_text("0123456789", lambda _: spans) == "<A><D>9"
+
+
+async def test_the_real_presidio_finds_what_the_builtin_set_does_not(
+    start: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = tmp_path / "packages"
+    await install_beside(packages, PRESIDIO)
+    monkeypatch.syspath_prepend(packages)  # so that the gateway sees it
+    monkeypatch.setenv("PYTHONPATH", str(packages))  # so that its child does
+    make = f"import spacy; spacy.blank('en').to_disk({str(tmp_path / 'model')!r})"  # no language is learnt, rules apply
+    assert await (await asyncio.create_subprocess_exec(sys.executable, "-c", make)).wait() == 0
+    config = tmp_path / "presidio.yaml"
+    model = {"lang_code": "en", "model_name": str(tmp_path / "model")}
+    # JSON is YAML.
+    config.write_text(
+        json.dumps(
+            {
+                "supported_languages": ["en"],
+                "nlp_configuration": {"nlp_engine_name": "spacy", "models": [model]},
+            }
+        )
+    )
+    gateway = await start(redaction="presidio", presidio_config=config)
+    status, _, _ = await gateway.chat(messages=[{"role": "user", "content": f"from {IBAN}, for bob@example.com"}])
+    assert status == 200
+    (logged,) = gateway.responses()
+    assert logged.messages == [{"role": "user", "content": "from <IBAN_CODE>, for <EMAIL>"}]
+    assert (logged.redacted, logged.prompt_token_ids) == (True, None)
+    assert IBAN.encode() not in on_disk(gateway)
 
 
 async def test_presidio_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
