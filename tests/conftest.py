@@ -35,8 +35,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "deploy" / "demo" / "model"
-CPU_ARGS = ["--dtype", "float32", "--enforce-eager"]
-TOOL_ARGS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+CPU_ARGS = ("--dtype", "float32", "--enforce-eager")
+TOOL_ARGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 
 class EngineFirst(LoadScopeScheduling):
@@ -75,6 +75,7 @@ class RealEngine:
     base_name: str
     model_dir: Path
     log: Path
+    start_args: tuple[str, ...] = TOOL_ARGS
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -84,7 +85,7 @@ class RealEngine:
                 model=self.model_dir,
                 base_name=self.base_name,
                 max_model_len=512,
-                start_args=[*CPU_ARGS, *TOOL_ARGS],
+                start_args=[*CPU_ARGS, *self.start_args],
             )
         )
         # By default it closes a connection after 5 idle seconds, maybe just when a client that is not ours takes it.

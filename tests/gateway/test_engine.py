@@ -17,8 +17,9 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from services.gateway.proxy import not_served
-from tests.conftest import RealEngine
+from tests.conftest import DEMO_MODEL, RealEngine
 from tests.gateway.conftest import Gateway, StartGateway, install_beside, until
+from tests.ports import free_port
 
 pytestmark = pytest.mark.engine
 OPENAI_NODE = "openai@7.57.0"
@@ -90,6 +91,77 @@ async def test_vllm_answers_the_same_through_the_gateway(
     assert not logged.aborted
 
 
+@pytest.mark.parametrize("ask", [{}, {"n": 2, "logprobs": 2}, {"stop": ["e"]}, {"echo": True}, {"suffix": None}])
+@pytest.mark.parametrize("stream", [{}, {"stream": True, "stream_options": {"include_usage": True}}])
+async def test_vllm_completes_the_same_through_the_gateway(
+    clients: tuple[openai.AsyncOpenAI, openai.AsyncOpenAI],
+    through: Gateway,
+    engine: RealEngine,
+    ask: dict[str, Any],
+    stream: dict[str, Any],
+) -> None:
+    answers: list[dict[str | int, Any]] = []
+    for client, model in zip(clients, (engine.base_name, "assistant"), strict=True):
+        answer = await client.completions.create(
+            model=model, prompt="Where is my order?", max_tokens=24, extra_body={"top_k": 1}, **ask, **stream
+        )
+        answers.append(completed([chunk.model_dump() async for chunk in answer] if stream else [answer.model_dump()]))
+    assert answers[0] == answers[1]
+    assert len(answers[0][0]["text"]) > 0
+    if "echo" in ask:  # no example: the answer has the prompt in it
+        assert through.responses() == []
+        return
+    (logged,) = through.responses()
+    assert logged.prompt == "Where is my order?"
+    assert logged.prompt_token_ids
+    assert [choice.message["content"] for choice in logged.choices] == [
+        answers[1][index]["text"] for index in range(ask.get("n", 1))
+    ]
+    assert all(choice.token_ids for choice in logged.choices)
+
+
+def completed(chunks: list[dict[str, Any]]) -> dict[str | int, Any]:
+    """As `said`, of completions."""
+    found: dict[str | int, Any] = {"fields": sorted({name for chunk in chunks for name in chunk})}
+    for chunk in chunks:
+        found["usage"] = chunk["usage"] or found.get("usage")
+        for choice in chunk["choices"]:
+            seen = found.setdefault(choice["index"], {"text": "", "logprobs": [], "finish_reason": None, "ids": []})
+            seen["text"] += choice["text"]
+            seen["logprobs"] += (choice["logprobs"] or {}).get("token_logprobs") or ()
+            seen["finish_reason"] = choice["finish_reason"] or seen["finish_reason"]
+            seen["ids"] += choice.get("token_ids") or ()
+    return found
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "a value that cannot be": {"temperature": -1},
+    "a prompt that is too long": {"messages": [{"role": "user", "content": "order " * 2000}]},
+    "no messages": {"messages": 5},
+    "a broken schema": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}
+    },
+    "a tool that is none": {"tools": [{"type": "function"}]},
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_vllms_own_errors_come_with_their_status_and_body(
+    through: Gateway, engine: RealEngine, bad: dict[str, Any], stream: bool
+) -> None:
+    ask = {"messages": MESSAGES, "max_tokens": 4, "stream": stream} | bad
+    path = "/v1/chat/completions"
+    async with (
+        through.http.post(engine.url + path, json=ask | {"model": engine.base_name}) as direct,
+        through.http.post(through.url + path, json=ask | {"model": "assistant"}) as proxied,
+    ):
+        bodies = [(await answer.text()).replace(engine.base_name, "assistant") for answer in (direct, proxied)]
+        assert (proxied.status, proxied.content_type, bodies[1]) == (direct.status, direct.content_type, bodies[0])
+        assert 400 <= direct.status < 500 or (stream and 'data: {"error":' in bodies[0])
+    assert all(logged.aborted for logged in through.responses())
+
+
 async def test_vllm_tokenizes_and_back_through_the_gateway(through: Gateway, engine: RealEngine) -> None:
     async def both(path: str, **body: Any) -> Any:
         status, found, _ = await through.post(path, {"model": "assistant"} | body)
@@ -101,6 +173,24 @@ async def test_vllm_tokenizes_and_back_through_the_gateway(through: Gateway, eng
     assert (await both("/detokenize", tokens=tokens))["prompt"] == "Where is my order?"
     assert "tokens" in await both("/tokenize", messages=MESSAGES)
     await both("/v1/embeddings", input="x")  # which this model has none of: the engine says so
+
+
+async def test_vllm_embeds_through_the_gateway(start: StartGateway, tmp_path: Path) -> None:
+    embeds = ("--runner", "pooling", "--convert", "embed")
+    engine = RealEngine(f"http://127.0.0.1:{free_port()}", "base", DEMO_MODEL, tmp_path / "vllm.log", embeds)
+    try:
+        await asyncio.to_thread(engine.start)
+        through = await start(engine={"urls": [engine.url], "base_name": "base"})
+        found = []
+        for url, model in ((engine.url, "base"), (through.url, "assistant")):
+            async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none") as client:
+                answer = await client.embeddings.create(model=model, input=["Where is my order?", "Hello"])
+            assert answer.model == model
+            found.append(([one.embedding for one in answer.data], answer.usage, answer.object))
+        assert found[0] == found[1]
+        assert len(found[0][0]) == 2
+    finally:
+        await asyncio.to_thread(engine.stop)
 
 
 async def test_vllm_takes_the_minted_id(through: Gateway) -> None:
