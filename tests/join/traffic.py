@@ -19,6 +19,8 @@ from loop.log import NewRecord
 
 RESPONSES, FEEDBACK = "thumbwheel.responses", "thumbwheel.feedback"
 START_MS = 1_760_000_000_000
+# What SQL, COPY and formats read as their own, in ids that an app may choose.
+HOSTILE = '\'; DROP TABLE votes; --\t\\N\\.\n{"a",NULL} %s %(id)s $1 ? :id \u00fc\U0001f44d'
 DAY_MS = 86_400_000
 
 
@@ -46,7 +48,7 @@ def feedback(feedback_id: str, value: Any, hlc: int, *, event_id: str = "f", **f
 def colliding_events(seed: int, size: int) -> list[NewRecord]:
     """`size` events over few keys, messages, raters and stamps, so that every rule of the join is met often."""
     random_ = random.Random(seed)
-    messages = [f"message-{n}" for n in range(max(2, size // 12))]
+    messages = [f"message-{n}{HOSTILE if n % 2 else ''}" for n in range(max(2, size // 12))]
     ids = [response_id(key_of_message_id(message), n) for message in messages for n in range(3)]
     ids += [response_id(f"{n:016x}", n) for n in range(max(2, size // 6))]
     events = []
@@ -61,13 +63,14 @@ def colliding_events(seed: int, size: int) -> list[NewRecord]:
                     event_id=f"{random_.random()}-{n}",
                     text=random_.choice(["Yes.", "No."]),
                     message_id=random_.choice([owner, owner, None, "somebody else's"]),
+                    conversation_id=HOSTILE,
                     aborted=random_.random() < 0.15,
                     n=random_.choice([1, 1, 2]),
                     adapter=random_.choice(["base", "assistant@v000001"]),
                 )
             )
         else:
-            fields: dict[str, Any] = {"rater": random_.choice(["", "ann", "bob", "cleo"])}
+            fields: dict[str, Any] = {"rater": random_.choice(["", "ann", "bob", HOSTILE[:64]])}
             if random_.random() < 0.4:
                 message = random_.choice(messages)
                 fields["message_id"] = random_.choice([message, f"sha256:{message_digest(message)}"])
@@ -83,7 +86,7 @@ def colliding_events(seed: int, size: int) -> list[NewRecord]:
                 fields["correction"] = random_.choice(["Maybe.", "No, never."])
             events.append(
                 feedback(
-                    f"f{random_.randrange(size)}",
+                    f"f{HOSTILE}{random_.randrange(size)}",
                     random_.choice(["up", "up", "down", "down", "retract"]),
                     (START_MS << 16) + random_.randrange(8),
                     event_id=f"{random_.random()}-{n}",
