@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 
 from aiohttp import web
-from aiohttp.hdrs import AUTHORIZATION, ORIGIN
+from aiohttp.hdrs import AUTHORIZATION, CONTENT_ENCODING, ORIGIN
 
 from loop import metrics
 from loop.events import HybridClock, RandomBytes
@@ -42,6 +44,8 @@ class Parts:
     tally: Tally
     is_draining: bool = False
     open_requests: int = 0
+    open_bytes: int = 0
+    """Of their bodies."""
     gateway: GatewaySettings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,15 +154,33 @@ class Parts:
         if self._rater_limit is not None and rater:
             _take(self._rater_limit, rater, "this rater")
 
-    def admit(self, endpoint: str) -> None:
-        """Take the room of one request to the engine, which ends with `open_requests -= 1`. Raises Refusal 503 where
-        there is none, its body not read yet.
-        """
+    @contextmanager
+    def admitted(self, request: web.Request, endpoint: str) -> Iterator[None]:
+        """The room of one request to the engine. Raises Refusal 503 where there is none, its body not read yet."""
+        size = self._body_bytes(request)
+        message = ""
         if self.open_requests >= self.gateway.max_open_requests:
-            metrics.gateway_requests.labels(endpoint, "", "503").inc()
             message = f"{self.open_requests} requests are open, which is the most that is taken here; try again"
+        elif self.open_bytes and self.open_bytes + size > self.gateway.max_open_bytes:
+            message = f"requests with {self.open_bytes} bytes are open, there is no room for {size} more; try again"
+        if message:
+            metrics.gateway_requests.labels(endpoint, "", "503").inc()
             raise Refusal(503, message, code="overloaded", retry_after_s=RETRY_AFTER_S)
         self.open_requests += 1
+        self.open_bytes += size
+        try:
+            yield
+        finally:
+            self.open_requests -= 1
+            self.open_bytes -= size
+
+    def _body_bytes(self, request: web.Request) -> int:
+        """Of the request's body; the most that is taken, where it is not said how large it will be."""
+        most = self.gateway.max_body_bytes
+        if not request.can_read_body:
+            return 0
+        is_said = request.content_length is not None and CONTENT_ENCODING not in request.headers
+        return min(request.content_length or 0, most) if is_said else most
 
     def stamp(self) -> int:
         """The next stamp of the hybrid clock."""

@@ -45,12 +45,8 @@ async def models(request: web.Request) -> web.Response:
     """GET /v1/models: the alias, described as the engine describes its base model."""
     parts = request.app[PARTS]
     await parts.check_key(request, "chat")
-    parts.admit("other")
-    try:
-        with await parts.engines.get("/v1/models") as answer:
-            status, body = answer.status, answer.first
-    finally:
-        parts.open_requests -= 1
+    with parts.admitted(request, "other"), await parts.engines.get("/v1/models") as answer:
+        status, body = answer.status, answer.first
     if status != 200:
         return web.Response(body=body, status=status, content_type="application/json")
     try:
@@ -66,8 +62,7 @@ async def pass_through(request: web.Request) -> web.Response:
     """Embeddings, tokenise, detokenise: the alias becomes the live adapter, nothing is logged."""
     parts = request.app[PARTS]
     caller = await parts.check_key(request, "chat")
-    parts.admit("other")
-    try:
+    with parts.admitted(request, "other"):
         fields = read_fields(await read_body(request, parts.gateway.max_body_bytes))
         shown = read_model(fields)
         await parts.routes.is_known.wait()
@@ -78,8 +73,6 @@ async def pass_through(request: web.Request) -> web.Response:
             with await parts.engines.post(request.path, sent, read_trace(request.headers)) as answer:
                 body = Rename(adapter, shown or parts.alias, strip_token_ids=False).answer(answer.first)
                 return web.Response(body=body, status=answer.status, headers=relayed_headers(answer))
-    finally:
-        parts.open_requests -= 1
 
 
 async def not_served(request: web.Request) -> web.Response:
@@ -116,11 +109,8 @@ def choose_arm(route: Route, model: str | None, subject: str, caller: Caller, pa
 async def _admitted(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
     parts = request.app[PARTS]
     caller = await parts.check_key(request, "chat")
-    parts.admit(endpoint)
-    try:
+    with parts.admitted(request, endpoint):
         return await _generate(request, endpoint, caller, parts)
-    finally:
-        parts.open_requests -= 1
 
 
 async def _generate(request: web.Request, endpoint: Endpoint, caller: Caller, parts: Parts) -> web.StreamResponse:

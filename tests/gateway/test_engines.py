@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -81,6 +82,29 @@ async def test_above_the_bound_requests_are_a_503_at_once(start: StartGateway, s
         other.close()
     await until(lambda: not gateway.parts.open_requests)
     assert (await gateway.chat())[0] == 200
+
+
+async def test_above_the_bound_of_their_bytes_requests_are_a_503_at_once(start: StartGateway, stub: Stub) -> None:
+    gateway = await start(max_open_bytes=1_000_000, max_body_bytes=600_000)
+    large = HELLO | {"padding": "x" * 550_000, "stream": True, "stub": {"fault": "stall", "chunks": 3}}
+    url = gateway.url + "/v1/chat/completions"
+
+    async def chunked() -> AsyncIterator[bytes]:
+        yield json.dumps(HELLO).encode()
+
+    async with gateway.http.post(url, json=large) as one:
+        assert one.status == 200
+        for body in (json.dumps(large).encode(), chunked()):  # which may become 600,000
+            async with gateway.http.post(url, data=body) as response:
+                assert (response.status, response.headers["Retry-After"]) == (503, "1")
+                assert "there is no room for" in (await response.json())["error"]["message"]
+        assert (await gateway.chat())[0] == 200  # a small one has room
+        assert len(stub[0].requests) == 2
+        one.close()
+    await until(lambda: not gateway.parts.open_bytes)
+    assert (await gateway.chat(padding="x" * 550_000))[0] == 200
+    alone = await start(max_open_bytes=1024)
+    assert (await alone.chat(padding="x" * 5_000))[0] == 200
 
 
 async def test_every_503_says_when_to_try_again(start: StartGateway) -> None:
