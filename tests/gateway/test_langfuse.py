@@ -31,7 +31,9 @@ def trace_of(message_id: str) -> str:
 
 
 def librechat(message_id: str, rating: str) -> dict[str, Any]:
-    """What LibreChat sends for a thumb, under one score id however often it changes."""
+    """What LibreChat sends for a thumb, under one score id however often it changes: the payload of its
+    `packages/api/src/langfuse`, `buildScorePayload`.
+    """
     trace_id = trace_of(message_id)
     return {
         "id": f"feedback-{trace_id}",
@@ -41,6 +43,7 @@ def librechat(message_id: str, rating: str) -> dict[str, Any]:
         "dataType": "BOOLEAN",
         "comment": "not_helpful — too long",
         "metadata": {"rating": rating, "tag": "not_helpful"},
+        "observationId": "0123456789abcdef",
         "environment": "production",
     }
 
