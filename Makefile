@@ -39,9 +39,11 @@ torture: $(INSTALLED) ## 100 faults against Kafka, Postgres, gateways and joiner
 
 bench: bench-gateway bench-join bench-snapshot bench-trainer ## every benchmark; JSON lines
 
-bench-gateway: $(INSTALLED) ## what the gateway costs, against direct, nginx, a bare proxy and LiteLLM
+bench-gateway: $(INSTALLED) ## what the gateway costs, against direct, nginx, a bare proxy and LiteLLM; how processes scale
 	@deploy/install.sh debian nginx
 	@$(BIN)/python -m tests.bench.gateway
+	@$(BIN)/python -m tests.bench.gateway_processes
+	@$(BIN)/python -m tests.bench.gateway_kafka
 
 bench-join: $(INSTALLED) ## joined events a second
 	@$(BIN)/python -m tests.bench.join

@@ -33,7 +33,8 @@ def main() -> None:
     options = parser.parse_args()
     home = kafka_home()
     if home is None:
-        raise SystemExit("expected KAFKA_HOME to be an unpacked Apache Kafka, with Java on the PATH")
+        report(note="KAFKA_HOME is no unpacked Apache Kafka, or there is no Java: not taken away")
+        return
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         kafka = RealKafka(home, folder)

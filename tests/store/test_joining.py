@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, func, select, text
 
 from loop.content import decode_content
 from loop.join import Batch, DeadLetter
@@ -37,6 +39,7 @@ from loop.store.joining import (
     start_positions,
 )
 from loop.store.schema import dead_letters, erasures, responses, turn, turn_back, votes
+from tests.conftest import wait_until
 from tests.join.joined import examples_in, read_examples
 from tests.join.oracle import examples_of
 from tests.join.traffic import (
@@ -49,6 +52,7 @@ from tests.join.traffic import (
     response,
     response_id,
 )
+from tests.services_real import RealPostgres
 from tests.store.joined import READER, START, apply, batch_of, empty
 
 ID = response_id("a" * 16, 1)
@@ -395,6 +399,26 @@ def test_a_checkpoint_beside_a_writer_moves_what_was_joined_into_the_file(tmp_pa
     with alone.connect() as connection:
         assert connection.execute(select(func.count()).select_from(responses)).scalar_one() == 1
     alone.dispose()
+
+
+def test_connections_are_bounded_and_waited_for(postgres: RealPostgres) -> None:
+    opened = open_store(postgres.new_store().model_copy(update={"pool_size": 2}))
+    query = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
+    given_back = threading.Event()
+
+    def use(_: int) -> int:
+        with opened.connect() as connection:
+            count = int(connection.execute(query).scalar_one())
+            given_back.wait(60)
+            return count
+
+    with ThreadPoolExecutor(8) as threads:
+        counts = [threads.submit(use, n) for n in range(8)]
+        wait_until(lambda: opened.pool.checkedout() == 2, "in use")  # type: ignore[attr-defined]
+        assert not any(count.done() for count in counts)
+        given_back.set()
+        assert max(count.result() for count in counts) == 2
+    opened.dispose()
 
 
 def test_a_store_of_another_kind_is_refused(tmp_path: Path) -> None:
