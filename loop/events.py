@@ -251,8 +251,7 @@ def fitting_id(given: str) -> str:
     """
     if len(given) <= MAX_ID_CHARS and given.isprintable():
         return given
-    digest = hashlib.sha256(given.encode(errors="surrogatepass"))  # a header may have bytes that are no text
-    return f"sha256:{digest.hexdigest()[:32]}"
+    return f"sha256:{message_digest(given)}"
 
 
 def message_digest(message_id: str) -> str:
@@ -261,7 +260,8 @@ def message_digest(message_id: str) -> str:
     """
     if match := _MESSAGE_DIGEST.match(message_id):
         return match.group(1)
-    return hashlib.sha256(message_id.encode()).hexdigest()[:32]
+    # A header may have bytes that are no text.
+    return hashlib.sha256(message_id.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def key_of_message_id(message_id: str) -> str:
@@ -286,9 +286,10 @@ def has_several_choices(response_id: str) -> bool:
 
 def hash_rater(salt: bytes, rater: str) -> str:
     """The keyed hash under which a rater is stored; empty stays empty (the response's one anonymous rater)."""
-    return (
-        hmac.digest(salt, rater.encode(), "sha256").hex()[:32] if rater else ""
-    )  # 128 bits: no two raters meet by chance
+    if not rater:
+        return ""
+    digest = hmac.digest(salt, rater.encode(errors="surrogatepass"), "sha256")
+    return digest.hex()[:32]  # 128 bits: no two raters meet by chance
 
 
 def uuid7(now_ms: int, take: Callable[[int], bytes] = os.urandom, *, version: Literal[7, 8] = 7) -> str:

@@ -98,8 +98,8 @@ class GatewaySettings(Section):
     max_open_requests: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
     """Most requests for the engine at once; above, callers get a 503 with `Retry-After` before their body is read."""
     max_open_bytes: Annotated[int, Field(ge=1024)] = 256 * 1024 * 1024
-    """Most bytes of these requests' bodies, of which memory takes some three times as much; a body whose length is not
-    said counts as `max_body_bytes`. Above, callers get the same 503; one request alone is always taken."""
+    """Most bytes of these requests' bodies, as far as they have come; memory takes some three times as much. Above,
+    callers get the same 503; one request alone is always taken."""
     max_header_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = 32 * 1024
     """Largest request headers, all of them together."""
     spool_quota_bytes: Annotated[int, Field(ge=1 << 20)] = 4 * 1024**3

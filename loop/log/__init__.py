@@ -42,7 +42,7 @@ class Consumer(Protocol):
         """Partition numbers that this member owns now (the same ones of every topic it reads)."""
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
-        """Read on at `offset`."""
+        """Read on at `offset`; nothing to do for a partition that is not ours any more, as the next poll says."""
 
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         """The next records of the assigned partitions, in order within each; empty after `timeout_s`.

@@ -22,11 +22,13 @@ from kafka.errors import (
     CorruptRecordError,
     IllegalGenerationError,
     KafkaError,
+    LeaderNotAvailableError,
     MessageSizeTooLargeError,
+    NoError,
     RebalanceInProgressError,
     TopicAlreadyExistsError,
     UnknownMemberIdError,
-    UnknownTopicOrPartitionError,
+    for_code,
 )
 from kafka.structs import OffsetAndMetadata
 
@@ -50,9 +52,8 @@ class KafkaLog:
 
         Raises LogUnavailableError, and ValueError where the topics' partition counts differ.
         """
-        logging.getLogger("kafka").setLevel(
-            logging.CRITICAL
-        )  # all else is retried, or raised to us, and we say it once
+        # What it logs as an error is retried, or raised to us, who say it once.
+        logging.getLogger("kafka").setLevel(logging.CRITICAL)
         self._settings = settings
         self._client = _client_settings(settings)
         self._lock = threading.Lock()
@@ -226,8 +227,8 @@ class KafkaGroupConsumer:
         return {place.partition for place in self._consumer.assignment()}
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
-        """Read on at `offset`; where retention has taken that, at the first record that is left. Nothing to do where
-        the partition is not ours any more, as the client's own thread may have learned meanwhile.
+        """Read on at `offset`; where retention has taken that, at the first record that is left. Nothing to do for a
+        partition that is not ours any more, as the client's own thread may have learned just now.
         """
         with suppress(ValueError, KeyError):
             self._consumer.seek(TopicPartition(topic, partition), offset)
@@ -336,11 +337,12 @@ def _admin(client: dict[str, Any]) -> Iterator[Any]:
 
 
 def _describe(admin: Any, topics: Sequence[str]) -> list[dict[str, Any]]:
-    """Raises KafkaError for a topic that is not there: the client gives it a null id and no partitions."""
+    """Raises KafkaError for a topic that is not there or may not be seen: the client gives it a null id."""
     found: list[dict[str, Any]] = admin.describe_topics(list(topics))
     for topic in found:
-        if topic["error_code"] == UnknownTopicOrPartitionError.errno:
-            raise UnknownTopicOrPartitionError(f"there is no topic {topic['name']}")
+        error = for_code(topic["error_code"])
+        if error not in (NoError, LeaderNotAvailableError):
+            raise error(f"topic {topic['name']}")
     return found
 
 

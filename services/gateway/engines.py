@@ -32,8 +32,8 @@ class Replica:
         self.is_up = True
         self.misses = 0
         """Checks of its health in a row that it did not answer."""
-        self.unanswered: set[Connection | None] = set()
-        """Those whose answer's first byte has not come."""
+        self.unanswered: set[Connection] = set()
+        """Those whose answer's first byte has not come, and whose request another replica may be asked."""
         self._idle: list[tuple[float, Connection]] = []
         parts = urlsplit(url)
         self.host = parts.netloc.rpartition("@")[2]
@@ -105,7 +105,7 @@ OnHeaders = Callable[[Answer], object]
 
 
 class Engines:
-    """The replicas. Nothing is limited here but time: `Parts.admit` bounds the requests."""
+    """The replicas. Nothing is limited here but time: `Parts.admitted` bounds the requests."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.replicas = [Replica(url.rstrip("/")) for url in settings.urls]
@@ -151,10 +151,11 @@ class Engines:
     ) -> Answer:
         tried: list[Replica] = []
         # A single replica gets a second try too: a pooled connection may have been closed at that very moment.
-        for _ in range(max(2, len(self.replicas))):
+        for tries_left in reversed(range(max(2, len(self.replicas)))):
             replica = self._least_loaded(tried)
+            head = self._head(replica, method, path, body, headers)
             try:
-                return await self._ask(replica, self._head(replica, method, path, body, headers), body, on_headers)
+                return await self._ask(replica, head, body, on_headers, may_move=tries_left > 0)
             except ConnectionError as exc:
                 tried.append(replica)
                 failure = exc
@@ -171,7 +172,9 @@ class Engines:
             return self.replicas[0]
         return min(self.replicas, key=lambda replica: (replica in tried, not replica.is_up, replica.open_requests))
 
-    async def _ask(self, replica: Replica, head: bytes, body: bytes, on_headers: OnHeaders | None) -> Answer:
+    async def _ask(
+        self, replica: Replica, head: bytes, body: bytes, on_headers: OnHeaders | None, *, may_move: bool
+    ) -> Answer:
         """The answer up to its first byte, for until then another replica can give it; all of it where the engine does
         not stream. Raises ConnectionError, TimeoutError and GarbageError.
         """
@@ -179,7 +182,8 @@ class Engines:
         connection = None
         try:
             connection = replica.take() or await self._connect(replica)
-            replica.unanswered.add(connection)
+            if may_move:
+                replica.unanswered.add(connection)
             deadline_s = self._loop.time() + self._timeout_s
             await connection.ask(head, body, deadline_s)
             answer = Answer(replica, connection, deadline_s)
@@ -193,7 +197,8 @@ class Engines:
                 connection.abort()
             raise
         finally:
-            replica.unanswered.discard(connection)
+            if connection is not None:
+                replica.unanswered.discard(connection)
 
     def _head(self, replica: Replica, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
         given = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -232,8 +237,7 @@ class Engines:
             message = "%d requests move away from engine %s, which hangs"
             _log.warning(message, len(dead.unanswered), dead.url, extra={"action": "engine_hangs"})
         for connection in dead.unanswered:
-            if connection is not None:
-                connection.abort()
+            connection.abort()
 
     def _mark(self, replica: Replica, is_up: bool) -> None:
         if is_up is not replica.is_up:

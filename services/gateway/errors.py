@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 from aiohttp import web
 from aiohttp.hdrs import CONTENT_ENCODING
 
+_SMALL_BYTES = 64 * 1024  # of a body that is read at once
 # What a decoder raises for bytes that are no JSON of ours; the last for what is nested too deep.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -34,15 +37,20 @@ class Refusal(web.HTTPException):
         )
 
 
-async def read_body(request: web.Request, max_bytes: int) -> bytes:
-    """The request's body. Raises Refusal 413 above `max_bytes`, and 400 where it is not encoded as it says."""
+async def read_body(request: web.Request, max_bytes: int, hold: Callable[[int], None] = lambda _: None) -> bytes:
+    """The request's body; `hold` is told of its bytes as they come, and may raise. Raises Refusal 413 above
+    `max_bytes`, and 400 where it is not encoded as it says.
+    """
     length = request.content_length
     if (length or 0) <= max_bytes:
         try:
-            if length is not None and CONTENT_ENCODING not in request.headers:
-                return await request.read()
+            if length is not None and length <= _SMALL_BYTES and CONTENT_ENCODING not in request.headers:
+                small = await request.read()
+                hold(len(small))
+                return small
             body = bytearray()  # how large it is turns out
             async for block in request.content.iter_any():
+                hold(len(block))
                 body += block
                 if len(body) > max_bytes:
                     break

@@ -206,7 +206,7 @@ def _check_bound(vote: Vote, response_id: str) -> None:
     if vote.response_id not in (None, response_id):
         raise Refusal(403, f"the token is for {response_id!r}, not for {vote.response_id!r}", param="response_id")
     if vote.message_id is not None and key_of_message_id(vote.message_id) != key_of_response_id(response_id):
-        raise Refusal(403, f"the token is not for a response to message {vote.message_id!r}", param="message_id")
+        raise Refusal(403, f"the token is not for a response to message {vote.message_id[:120]!r}", param="message_id")
 
 
 def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> FeedbackGiven:
@@ -214,15 +214,17 @@ def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> Fee
     several, or a source that is off, and 429 where its rater votes too fast.
     """
     message_id = None
-    if response_id is None:
-        if vote.message_id is None:
-            raise Refusal(422, "the vote names no response; give response_id, message_id or token", param="response_id")
+    if response_id is not None:
+        try:
+            key_of_response_id(response_id)
+        except ValueError as exc:
+            raise Refusal(422, str(exc), param="response_id") from exc
+        has_several = has_several_choices(response_id)
+    elif vote.message_id is not None:
         message_id = fitting_id(vote.message_id)
-    try:
-        key = key_of_message_id(message_id) if message_id is not None else key_of_response_id(response_id or "")
-    except ValueError as exc:
-        raise Refusal(422, str(exc), param="response_id") from exc
-    has_several = key in parts.with_choices if response_id is None else has_several_choices(response_id)
+        has_several = key_of_message_id(message_id) in parts.with_choices
+    else:
+        raise Refusal(422, "the vote names no response; give response_id, message_id or token", param="response_id")
     if vote.choice_index is None and has_several:
         raise Refusal(422, "the response has several choices; say which one: choice_index", param="choice_index")
     source = vote.source or "explicit"

@@ -14,10 +14,17 @@ import msgspec
 
 from services.gateway.errors import UNREADABLE
 
-_BASE64_CHARS = 1024  # of nothing but base64's: no address and no sentence has so many
-_BASE64 = re.compile(rf"[\w+/-]{{{_BASE64_CHARS}}}", re.ASCII)
-_DATA_URL = re.compile(r"(data:[^,\s]{0,200};)base64,", re.ASCII)
+# What vLLM takes for text (`TEXT_PART_TYPES` of its chat_utils).
+_TEXT_TYPES = {"text", "input_text", "output_text", "refusal", "thinking"}
+_BASE64 = re.compile(r"[\w+/-]{1024}", re.ASCII)  # no address and no sentence has so many of its characters in a row
+_DATA_URL = re.compile(r"(data:[^,]{0,200};)base64,", re.IGNORECASE)
 
+
+class _Message(msgspec.Struct):
+    content: msgspec.Raw = msgspec.Raw(b"")
+
+
+_contents = msgspec.json.Decoder(list[_Message])
 _messages = msgspec.json.Decoder(list[dict[str, Any]])
 
 
@@ -25,23 +32,25 @@ def without_media(messages: msgspec.Raw | None) -> msgspec.Raw | list[dict[str, 
     """The messages with `data:image/png;sha256,<hex>` for a data URL and `sha256:<hex>` for other base64, in any part
     that is not text; as they are where there is none. The hash is of the characters of the base64.
     """
-    if messages is None or b'"type"' not in bytes(messages):  # which every part has
-        return messages
+    if messages is None:
+        return None
     try:
+        if not any(bytes(message.content).startswith(b"[") for message in _contents.decode(messages)):
+            return messages
         decoded = _messages.decode(messages)
+        hashed = [
+            message | {"content": [_hash_part(part) for part in content]}
+            if isinstance(content := message.get("content"), list)
+            else message
+            for message in decoded
+        ]
     except UNREADABLE:  # the engine's to judge
         return messages
-    hashed = [
-        message | {"content": [_hash_part(part) for part in content]}
-        if isinstance(content := message.get("content"), list)
-        else message
-        for message in decoded
-    ]
     return messages if hashed == decoded else hashed
 
 
 def _hash_part(part: Any) -> Any:
-    return part if isinstance(part, dict) and part.get("type") == "text" else _hash(part)
+    return part if isinstance(part, dict) and part.get("type") in _TEXT_TYPES else _hash(part)
 
 
 def _hash(value: Any) -> Any:
@@ -53,7 +62,8 @@ def _hash(value: Any) -> Any:
         return value
     if head := _DATA_URL.match(value):
         return f"{head[1]}sha256,{_digest(value[head.end() :])}"
-    return f"sha256:{_digest(value)}" if _BASE64.match(value) else value
+    is_base64 = _BASE64.match(value) is not None and len(value.split(None, 1)) == 1
+    return f"sha256:{_digest(value)}" if is_base64 else value
 
 
 def _digest(text: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NoReturn
 
 from aiohttp import web
-from aiohttp.hdrs import AUTHORIZATION, CONTENT_ENCODING, ORIGIN
+from aiohttp.hdrs import AUTHORIZATION, ORIGIN
 
 from loop import metrics
 from loop.events import HybridClock, RandomBytes
@@ -155,32 +156,31 @@ class Parts:
             _take(self._rater_limit, rater, "this rater")
 
     @contextmanager
-    def admitted(self, request: web.Request, endpoint: str) -> Iterator[None]:
-        """The room of one request to the engine. Raises Refusal 503 where there is none, its body not read yet."""
-        size = self._body_bytes(request)
-        message = ""
+    def admitted(self, endpoint: str) -> Iterator[Callable[[int], None]]:
+        """The room of one request to the engine; what it gives is told of the body's bytes as they come. Both raise
+        Refusal 503 where there is none.
+        """
         if self.open_requests >= self.gateway.max_open_requests:
-            message = f"{self.open_requests} requests are open, which is the most that is taken here; try again"
-        elif self.open_bytes and self.open_bytes + size > self.gateway.max_open_bytes:
-            message = f"requests with {self.open_bytes} bytes are open, there is no room for {size} more; try again"
-        if message:
-            metrics.gateway_requests.labels(endpoint, "", "503").inc()
-            raise Refusal(503, message, code="overloaded", retry_after_s=RETRY_AFTER_S)
+            self._overloaded(endpoint, f"{self.open_requests} requests are open, which is the most that is taken here")
+        mine = 0
+
+        def hold(size: int) -> None:
+            nonlocal mine
+            if mine < self.open_bytes and self.open_bytes + size > self.gateway.max_open_bytes:
+                self._overloaded(endpoint, f"open requests have {self.open_bytes} bytes, which is about the most")
+            mine += size
+            self.open_bytes += size
+
         self.open_requests += 1
-        self.open_bytes += size
         try:
-            yield
+            yield hold
         finally:
             self.open_requests -= 1
-            self.open_bytes -= size
+            self.open_bytes -= mine
 
-    def _body_bytes(self, request: web.Request) -> int:
-        """Of the request's body; the most that is taken, where it is not said how large it will be."""
-        most = self.gateway.max_body_bytes
-        if not request.can_read_body:
-            return 0
-        is_said = request.content_length is not None and CONTENT_ENCODING not in request.headers
-        return min(request.content_length or 0, most) if is_said else most
+    def _overloaded(self, endpoint: str, why: str) -> NoReturn:
+        metrics.gateway_requests.labels(endpoint, "", "503").inc()
+        raise Refusal(503, f"{why}; try again", code="overloaded", retry_after_s=RETRY_AFTER_S)
 
     def stamp(self) -> int:
         """The next stamp of the hybrid clock."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -45,7 +46,7 @@ async def models(request: web.Request) -> web.Response:
     """GET /v1/models: the alias, described as the engine describes its base model."""
     parts = request.app[PARTS]
     await parts.check_key(request, "chat")
-    with parts.admitted(request, "other"), await parts.engines.get("/v1/models") as answer:
+    with parts.admitted("other"), await parts.engines.get("/v1/models") as answer:
         status, body = answer.status, answer.first
     if status != 200:
         return web.Response(body=body, status=status, content_type="application/json")
@@ -62,8 +63,8 @@ async def pass_through(request: web.Request) -> web.Response:
     """Embeddings, tokenise, detokenise: the alias becomes the live adapter, nothing is logged."""
     parts = request.app[PARTS]
     caller = await parts.check_key(request, "chat")
-    with parts.admitted(request, "other"):
-        fields = read_fields(await read_body(request, parts.gateway.max_body_bytes))
+    with parts.admitted("other") as hold:
+        fields = read_fields(await read_body(request, parts.gateway.max_body_bytes, hold))
         shown = read_model(fields)
         await parts.routes.is_known.wait()
         with parts.routes.use() as route:
@@ -109,13 +110,16 @@ def choose_arm(route: Route, model: str | None, subject: str, caller: Caller, pa
 async def _admitted(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
     parts = request.app[PARTS]
     caller = await parts.check_key(request, "chat")
-    with parts.admitted(request, endpoint):
-        return await _generate(request, endpoint, caller, parts)
+    with parts.admitted(endpoint) as hold:
+        return await _generate(request, hold, endpoint, caller, parts)
 
 
-async def _generate(request: web.Request, endpoint: Endpoint, caller: Caller, parts: Parts) -> web.StreamResponse:
+async def _generate(
+    request: web.Request, hold: Callable[[int], None], endpoint: Endpoint, caller: Caller, parts: Parts
+) -> web.StreamResponse:
     started_at_ms, started_s = int(time.time() * 1000), time.monotonic()
-    ask = read_ask(endpoint, request.headers, await read_body(request, parts.gateway.max_body_bytes), parts.rater_salt)
+    body = await read_body(request, parts.gateway.max_body_bytes, hold)
+    ask = read_ask(endpoint, request.headers, body, parts.rater_salt)
     parts.limit_rater(ask.rater or "")
     key = key_of_message_id(ask.message_id) if ask.message_id else random_key(parts.random.take)
     uuid = uuid7(started_at_ms, parts.random.take, version=8 if ask.choices > 1 else 7)

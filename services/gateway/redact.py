@@ -46,8 +46,10 @@ _KEY = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-# Images and sound cannot be looked into, so they do not stay either.
-_MEDIA = re.compile(r"data:[^,\s]{0,200};base64,[\w+/=-]*|[\w+/-]{1024,}={0,2}", re.ASCII)
+# Images and sound cannot be looked into, so not even their hashes stay (`media.py`).
+_MEDIA = re.compile(
+    r"data:[^,]{0,200};(?:base64|sha256),[\w+/=-]*|sha256:[0-9a-f]{64}|[\w+/-]{1024,}={0,2}", re.ASCII | re.IGNORECASE
+)
 # Of an event's data: what it is found and ordered by.
 _KEPT = frozenset(
     {

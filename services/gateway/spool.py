@@ -3,7 +3,6 @@
 With the embedded log the spool is the log itself; else `forward.py` carries its records to the broker. Feedback goes to
 the thread, and is done when it is on disk. A response is done when it is in the journal (see there). Where the disk has
 turned slow, or the quota is used up, responses go to the thread as well for a while, and no stream waits for a write.
-Large ones, with images in them, always go there.
 
 With redaction on, a response is redacted before any of this: until then it is in memory only.
 """
@@ -28,7 +27,7 @@ from services.gateway.journal import Journal, Place, recover
 from services.gateway.redactor import RedactionError, Redactor
 
 SYNC_WITHIN_S = 0.2
-JOURNAL_BYTES = 256 * 1024  # of a request and its answer; more, as an image has, would hold up the event loop
+ASIDE_BYTES = 256 * 1024  # of a request; the record of a larger one, with an image in it, would hold up the event loop
 COLLECT_S = 0.05  # how long responses, which are safe already, wait for others to be committed with
 AVOID_SLOW_DISK_S = 10.0
 RETRY_S = 0.5
@@ -79,8 +78,8 @@ class Spool:
         self._log = log
         self._waiting_bytes = waiting_bytes
         self._redactor = redactor
-        self._redacting: set[asyncio.Task[None]] = set()
-        self._redacting_bytes = 0
+        self._preparing: set[asyncio.Task[None]] = set()
+        self._preparing_bytes = 0
         self._quota_bytes = quota_bytes
         self._loop = asyncio.get_running_loop()
         self._collected: list[_Job] = []
@@ -97,12 +96,12 @@ class Spool:
     def put_response(self, build: Callable[[], NewRecord], size: int) -> asyncio.Future[bool]:
         """Write a response: True once it would survive kill -9, False where it is lost (which is counted)."""
         job = _Job(size, self._loop.create_future(), build)
-        if self._put_bytes - self._settled_bytes + self._redacting_bytes > MAX_WAITING_BYTES:
+        if self._put_bytes - self._settled_bytes + self._preparing_bytes > MAX_WAITING_BYTES:
             self._lose(job, "backlog")
-        elif self._redactor is not None:
-            task = asyncio.create_task(self._redact(job, self._redactor))
-            self._redacting.add(task)
-            task.add_done_callback(self._redacting.discard)
+        elif self._redactor is not None or size > ASIDE_BYTES:
+            task = asyncio.create_task(self._prepare(job))
+            self._preparing.add(task)
+            task.add_done_callback(self._preparing.discard)
         else:
             self._take(job)
         return job.done
@@ -116,33 +115,34 @@ class Spool:
 
     async def close(self) -> None:
         """Write what was handed over, sync, end the thread."""
-        if self._redacting:
-            await asyncio.wait(self._redacting, timeout=REDACT_WITHIN_S)
+        if self._preparing:
+            await asyncio.wait(self._preparing, timeout=REDACT_WITHIN_S)
         if self._redactor is not None:
             await self._redactor.close()
-        if self._redacting:
-            await asyncio.wait(self._redacting)
+        if self._preparing:
+            await asyncio.wait(self._preparing)
         self._hand_over()
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    async def _redact(self, job: _Job, redactor: Redactor) -> None:
-        self._redacting_bytes += job.size
+    async def _prepare(self, job: _Job) -> None:
+        self._preparing_bytes += job.size
         try:
-            if not await asyncio.to_thread(self._build, job):
+            if not (await asyncio.to_thread(self._build, job) if job.size > ASIDE_BYTES else self._build(job)):
                 return
-            (record,) = job.records
-            clean = record._replace(value=await redactor.redact(record.value, is_feedback=False))
+            (clean,) = job.records
+            if self._redactor is not None:
+                clean = clean._replace(value=await self._redactor.redact(clean.value, is_feedback=False))
         except RedactionError:
             self._lose(job, "redaction")
         else:
             job.build = lambda: clean
             self._take(job)
         finally:
-            self._redacting_bytes -= job.size
+            self._preparing_bytes -= job.size
 
     def _take(self, job: _Job) -> None:
-        if self._is_full or job.size > JOURNAL_BYTES or time.monotonic() < self._slow_until:
+        if self._is_full or time.monotonic() < self._slow_until:
             self._put(job)
         elif self._build(job) and self._write_ahead(job):
             _settle([job.done], True)

@@ -15,6 +15,7 @@ from services.gateway.media import without_media
 
 SOUND = base64.b64encode(bytes(range(256)) * 4).decode()
 LINK = "https://pictures.example/" + "a" * 2000 + ".png"
+DEEP = b'[{"content": [' + b'{"a": ' * 900 + b"1" + b"}" * 900 + b"]}]"
 texts = st.one_of(st.text(), st.just(SOUND), st.just("data:image/png;base64,AAAA"))
 parts = st.dictionaries(st.sampled_from(["text", "x", "name"]), texts)
 
@@ -48,6 +49,10 @@ def said(text: str) -> str:
                 "file": {"file_data": f"data:application/pdf;sha256,{said('JVBERi0=')}", "filename": "a.pdf"},
             },
         ),
+        (  # as lenient as vLLM
+            {"image_url": "DATA:image/png; a=b;base64,AAAA"},
+            {"image_url": f"DATA:image/png; a=b;sha256,{said('AAAA')}"},
+        ),
         (
             {"type": "image_embeds", "image_embeds": {"pixels": [SOUND, "grid"]}},
             {"type": "image_embeds", "image_embeds": {"pixels": [f"sha256:{said(SOUND)}", "grid"]}},
@@ -68,6 +73,8 @@ def test_media_is_a_hash_and_the_rest_stays(part: dict[str, Any], logged: dict[s
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": LINK}}, "a", 5, None]},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "No. " * 1000}], "tool_calls": []},
         {"role": "tool", "tool_call_id": "1", "type": "x"},
+        {"role": "user", "content": [{"type": "input_text", "text": SOUND}]},
+        {"role": "user", "content": [{"type": "of_tomorrow", "text": "a" * 2000 + " and more"}]},
     ],
 )
 def test_text_links_and_what_nobody_knows_stay_as_they_came(message: dict[str, Any]) -> None:
@@ -75,7 +82,7 @@ def test_text_links_and_what_nobody_knows_stay_as_they_came(message: dict[str, A
     assert without_media(raw) is raw
 
 
-@pytest.mark.parametrize("raw", [b'{"type": 1}', b'[1, "type"]', b'["\\ud800", {"type": 1}]'])
+@pytest.mark.parametrize("raw", [b'{"type": 1}', b'[1, "type"]', b'["\\ud800", {"type": 1}]', DEEP])
 def test_what_is_no_list_of_messages_stays(raw: bytes) -> None:
     assert without_media(msgspec.Raw(raw)) == msgspec.Raw(raw)
 

@@ -186,7 +186,7 @@ async def test_the_real_presidio_finds_what_the_builtin_set_does_not(
 ) -> None:
     packages = tmp_path / "packages"
     await install_beside(packages, PRESIDIO)
-    monkeypatch.syspath_prepend(packages)  # so that the gateway sees it
+    monkeypatch.setattr(sys, "path", [*sys.path, str(packages)])  # so that the gateway sees it
     monkeypatch.setenv("PYTHONPATH", str(packages))  # so that its child does
     make = f"import spacy; spacy.blank('en').to_disk({str(tmp_path / 'model')!r})"  # no language is learnt, rules apply
     assert await (await asyncio.create_subprocess_exec(sys.executable, "-c", make)).wait() == 0

@@ -39,7 +39,6 @@ from loop.store.joining import (
     start_positions,
 )
 from loop.store.schema import dead_letters, erasures, responses, turn, turn_back, votes
-from tests.conftest import wait_until
 from tests.join.joined import examples_in, read_examples
 from tests.join.oracle import examples_of
 from tests.join.traffic import (
@@ -403,21 +402,18 @@ def test_a_checkpoint_beside_a_writer_moves_what_was_joined_into_the_file(tmp_pa
 
 def test_connections_are_bounded_and_waited_for(postgres: RealPostgres) -> None:
     opened = open_store(postgres.new_store().model_copy(update={"pool_size": 2}))
-    query = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
-    given_back = threading.Event()
+    query = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'"
+    )
+    both = threading.Barrier(2)  # of more at once, one would be left alone
 
     def use(_: int) -> int:
         with opened.connect() as connection:
-            count = int(connection.execute(query).scalar_one())
-            given_back.wait(60)
-            return count
+            both.wait(60)
+            return int(connection.execute(query).scalar_one())
 
     with ThreadPoolExecutor(8) as threads:
-        counts = [threads.submit(use, n) for n in range(8)]
-        wait_until(lambda: opened.pool.checkedout() == 2, "in use")  # type: ignore[attr-defined]
-        assert not any(count.done() for count in counts)
-        given_back.set()
-        assert max(count.result() for count in counts) == 2
+        assert max(threads.map(use, range(8))) == 2
     opened.dispose()
 
 
