@@ -35,7 +35,7 @@ def without_media(messages: msgspec.Raw | None) -> msgspec.Raw | list[dict[str, 
     if messages is None:
         return None
     try:
-        if not any(memoryview(message.content)[:1] == b"[" for message in _contents.decode(messages)):
+        if not any(bytes(message.content)[:1] == b"[" for message in _contents.decode(messages)):
             return messages
         decoded = _messages.decode(messages)
         hashed = [
