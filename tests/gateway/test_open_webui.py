@@ -107,7 +107,7 @@ async def test_what_was_not_written_is_sent_again_and_what_is_refused_is_not(
     server, url = open_webui
     settings = settings_for(url, gateway, tmp_path)
     server.rate("a", 1, 10)
-    server.rate("b", 1, 10, meta={"message_id": "a\nb"})
+    server.rate("b", 1, 10, user_id="a\nb")
     with monkeypatch.context() as full:
         full.setattr(gateway.parts.spool._log, "write", no_space)
         with pytest.raises(ConnectionError, match=r"v1/feedback answered 503, expected 207: .*could not be written"):
