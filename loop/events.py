@@ -185,10 +185,17 @@ def encode(data: ResponseLogged | FeedbackGiven, *, event_id: str, key: str, sou
 
 
 def without_content(value: bytes) -> bytes:
-    """A response's event, with nothing of what was said: its votes make no example. Raises EventError."""
-    data = decode_response(value).data
-    nothing: dict[str, Any] = {"messages": None, "prompt": None, "prompt_token_ids": None, "tools": None}
-    bare = msgspec.structs.replace(data, choices=[], params={}, extra={}, stored=False, **nothing)
+    """A response's event, with nothing of what was said: its votes make no example; or a vote's, with its thumb alone.
+    Raises EventError.
+    """
+    bare: ResponseLogged | FeedbackGiven
+    try:
+        vote = decode_feedback(value).data
+        bare = msgspec.structs.replace(vote, comment=None, reasons=[], correction=None)
+    except EventError:
+        data = decode_response(value).data
+        nothing: dict[str, Any] = {"messages": None, "prompt": None, "prompt_token_ids": None, "tools": None}
+        bare = msgspec.structs.replace(data, choices=[], params={}, extra={}, stored=False, **nothing)
     return _encoder.encode(_envelope_decoder.decode(value) | {"data": bare})
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -160,7 +160,7 @@ def read_batch(records: Iterable[Record], responses_topic: str) -> Batch:
 def read_response(event: ResponseEvent) -> Response:
     """The event as the join keeps it. Raises EventError where its keys do not agree."""
     data = event.data
-    response = Response(data.response_id, None, data.started_at_ms, event.id)
+    response = Response(data.response_id, None, data.started_at_ms or _written_at_ms(event.time), event.id)
     # Only what agrees on its key is in one partition, and so in one joiner's hands.
     if response.key != event.partitionkey:
         raise EventError(f"partitionkey is {event.partitionkey!r}, expected the key in {data.response_id!r}")
@@ -168,6 +168,17 @@ def read_response(event: ResponseEvent) -> Response:
     if data.message_id is None or not (digest := message_digest(data.message_id)).startswith(event.partitionkey):
         return response
     return response._replace(message_id=digest)
+
+
+def _written_at_ms(time: str) -> int:
+    """An event's own time (RFC 3339), which stands for a start that its producer does not say. Raises EventError."""
+    try:
+        at = datetime.fromisoformat(time)
+        if at.tzinfo is None or not datetime(1970, 1, 1, tzinfo=UTC) <= at < datetime(2100, 1, 1, tzinfo=UTC):
+            raise ValueError("expected a time zone, and a year from 1970 to 2099")
+    except ValueError as exc:
+        raise EventError(f"started_at_ms is not given, and time is {time[:40]!r}: {exc}") from exc
+    return int(at.timestamp() * 1000)
 
 
 def read_vote(event: FeedbackEvent) -> Vote:

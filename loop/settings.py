@@ -118,7 +118,8 @@ class GatewaySettings(Section):
     drain_timeout_s: Seconds = 30.0
     """How long open streams may go on after SIGTERM."""
     regenerate_weight: ImplicitWeight | None = None
-    """Weight of the vote against an answer that is asked for again in its conversation; none: no such votes."""
+    """Weight of the vote against an answer that is asked for again in its conversation, where the same gateway process
+    answers both; none: no such votes."""
     copy_weight: ImplicitWeight | None = None
     """Weight of votes with the source `copy`: the app saw the answer copied; none: they are refused."""
     edit_weight: ImplicitWeight | None = None
@@ -234,8 +235,6 @@ class JoinerSettings(Section):
     """Most events joined in one transaction."""
     poll_timeout_s: Annotated[float, Field(gt=0, le=30)] = 0.5
     """Longest wait for new events."""
-    pending_max_age_s: Annotated[int, Field(ge=3600)] = 7 * 86_400
-    """Age at which feedback without a response is counted as orphaned."""
     metrics_port: Port = 9102
     """Port of /metrics."""
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Engine, Row, and_, func, select, tuple_, update
 
-from loop.log import EventLog, NewRecord
+from loop.log import EventLog, NewRecord, RecordTooLargeError
 from loop.store.engine import write
 from loop.store.schema import dead_letters
+
+logger = logging.getLogger("thumbwheel.joiner")
 
 PAGE = 500
 SUFFIX = ".dlt"
@@ -51,10 +54,23 @@ def list_dead_letters(engine: Engine, chosen: Chosen, limit: int) -> list[dict[s
 def send_dead_letters(engine: Engine, log: EventLog, partitions: Collection[int]) -> int:
     """Send what waits from these partitions; returns how many. Killed in between, it sends some twice, loses none.
 
-    Headers say where a letter was: `thumbwheel-topic`, `-partition`, `-offset` and `-reason`. Raises
-    LogUnavailableError, and what the store raises.
+    Headers say where a letter was: `thumbwheel-topic`, `-partition`, `-offset` and `-reason`. One that the log does not
+    take, as it is too large with these, stays in the store alone. Raises LogUnavailableError, and what the store
+    raises.
     """
-    return _append_and_mark(engine, log, _columns.sent, _columns.partition.in_(partitions), _letter)
+
+    def append(letters: list[NewRecord]) -> None:
+        try:
+            log.append(letters)
+        except RecordTooLargeError as exc:
+            if len(letters) > 1:
+                for letter in letters:
+                    append([letter])
+                return
+            place = {name: letters[0].headers[f"thumbwheel-{name}"] for name in ("topic", "partition", "offset")}
+            logger.error("dead letter not sent: %s", exc, extra={"action": "dead_letter_too_large", **place})
+
+    return _append_and_mark(engine, append, _columns.sent, _columns.partition.in_(partitions), _letter)
 
 
 def replay_dead_letters(engine: Engine, log: EventLog, chosen: Chosen) -> int:
@@ -70,7 +86,7 @@ def replay_dead_letters(engine: Engine, log: EventLog, chosen: Chosen) -> int:
     return sum(
         _append_and_mark(
             engine,
-            log,
+            log.append,
             _columns.replayed,
             and_(
                 chosen.condition(),
@@ -95,7 +111,7 @@ def _letter(row: Row[Any]) -> NewRecord:
 
 def _append_and_mark(
     engine: Engine,
-    log: EventLog,
+    append: Callable[[list[NewRecord]], None],
     mark: Column[bool],
     condition: ColumnElement[bool],
     make: Callable[[Row[Any]], NewRecord],
@@ -108,7 +124,7 @@ def _append_and_mark(
             rows = connection.execute(query).all()
         if not rows:
             return done
-        log.append([make(row) for row in rows])
+        append([make(row) for row in rows])
         with write(engine) as connection:
             places = [(row.topic, row.partition, row.offset, row.log_id) for row in rows]
             connection.execute(update(dead_letters).where(tuple_(*_place).in_(places)).values({mark: True}))

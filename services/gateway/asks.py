@@ -38,6 +38,8 @@ _NOT_PARAMS = frozenset(
         "prompt",
         "tools",
         "user",
+        "safety_identifier",
+        "prompt_cache_key",
         "metadata",
         "stream",
         "stream_options",
@@ -99,7 +101,7 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
     fields = read_fields(body)
     metadata = _value(fields, "metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
-    user = _value(fields, "user") or _header(headers, _USER)
+    user = _value(fields, "user") or _value(fields, "safety_identifier") or _header(headers, _USER)
     rater = hash_rater(rater_salt, user) if isinstance(user, str) else ""
     conversation_id = _id(_header(headers, _CONVERSATION) or metadata.get("conversation_id"))
     is_task = bool(_header(headers, _TASK) or metadata.get("task"))  # a title, tags: nobody sees it, nobody votes on it

@@ -110,7 +110,7 @@ class Forwarder:
         self._sent[place] = _Batch(records, self._log.send(new), time.monotonic() + GIVE_UP_S)
 
     def _send_bare(self, place: _Place, record: Record) -> None:
-        """Instead of a response that the broker does not take, that there was one. Raises EventError for feedback."""
+        """Instead of a response or a vote that the broker does not take, one without its texts. Raises EventError."""
         new = NewRecord(place[0], record.key, without_content(record.value), _CONTENT_TYPE)
         self._sent[place] = _Batch([record], self._log.send([new]), time.monotonic() + GIVE_UP_S, is_bare=True)
 

@@ -84,6 +84,12 @@ async def test_open_webuis_ids_are_taken_from_its_headers(gateway: Gateway) -> N
     assert (logged.message_id, logged.rater) == (None, None)
 
 
+async def test_openais_newer_name_for_the_user_is_hashed_too(gateway: Gateway) -> None:
+    await gateway.chat(safety_identifier="ann@example.com", prompt_cache_key="ann@example.com", temperature=0.5)
+    (logged,) = gateway.responses()
+    assert (logged.rater, logged.params) == (hash_rater(b"thumbwheel", "ann@example.com"), {"temperature": 0.5})
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_an_apps_background_tasks_are_answered_and_not_logged(
     gateway: Gateway, stub: Stub, is_stream: bool

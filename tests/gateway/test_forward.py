@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from loop.events import decode_response
+from loop.events import decode_feedback, decode_response
 from loop.log import LogUnavailableError, NewRecord, RecordTooLargeError
 from loop.log.embedded import EmbeddedLog
 from loop.log.partition import partition_of
 from services.gateway import forward
 from services.gateway.forward import BATCH, Forwarder
-from tests.join.traffic import response, response_id
+from tests.join.traffic import feedback, response, response_id
 
 TOPICS = ("responses", "feedback")
 PARTITIONS = 2
@@ -130,6 +131,24 @@ def test_a_response_that_the_broker_never_takes_is_logged_without_its_content(tm
     kept = decode_response(bare.value).data
     assert (kept.response_id, kept.message_id, kept.stored) == (large["data"]["response_id"], "m", False)
     assert (kept.choices, kept.messages, kept.prompt_token_ids) == ([], None, None)
+    spool.close()
+
+
+def test_a_vote_that_the_broker_never_takes_is_sent_without_its_texts(tmp_path: Path) -> None:
+    spool = EmbeddedLog(tmp_path / "spool.db", PARTITIONS)
+    texts: dict[str, Any] = {"comment": "secret" * 500, "reasons": ["secret"], "correction": "secret" * 500}
+    id = response_id("0123456789abcdef", 1)
+    vote = feedback("f", "down", 1 << 40, response_id=id, rater="ann", weight=0.5, choice_index=1, **texts)
+    spool.write([vote._replace(topic=TOPICS[1])])
+    broker = Broker()
+    broker.most_bytes = 2000
+    going = forwarder(spool, broker)
+    while not is_empty(spool):
+        going.step()
+    (sent,) = broker.records
+    kept = decode_feedback(sent.value).data
+    assert kept == msgspec.structs.replace(decode_feedback(vote.value).data, comment=None, reasons=[], correction=None)
+    assert b"secret" not in sent.value
     spool.close()
 
 

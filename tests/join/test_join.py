@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from loop.events import (
@@ -172,6 +173,25 @@ def test_events_of_other_producers_are_read() -> None:
     read = read_response(decode_response(value))
     assert (read.response_id, read.day) == (ID, "2025-10-09")
     assert read.started_at_ms == START_MS
+
+
+def timed(time: str) -> Any:
+    value = msgspec.json.decode(response(ID, at_ms=0).value) | {"time": time}
+    return read_batch([Record(RESPONSES, 0, 0, "k", msgspec.json.encode(value), 0)], RESPONSES)
+
+
+@pytest.mark.parametrize("time", ["2025-10-09T08:53:20Z", "2025-10-09T10:53:20.000+02:00"])
+def test_a_response_that_does_not_say_when_it_began_did_when_its_event_was_written(time: str) -> None:
+    ((kept, _),) = timed(time).responses.values()
+    assert (kept.started_at_ms, kept.day) == (START_MS, "2025-10-09")
+
+
+@pytest.mark.parametrize(
+    "time", ["", "yesterday", "2025-10-09T08:53:20", "0001-01-01T00:00:00Z", "2100-01-01T00:00:00Z"]
+)
+def test_one_that_says_no_time_at_all_is_a_dead_letter(time: str) -> None:
+    (letter,) = timed(time).dead_letters
+    assert f"started_at_ms is not given, and time is {time!r}" in letter.reason
 
 
 def test_votes_are_compared_by_value_only() -> None:

@@ -19,7 +19,7 @@ from sqlalchemy import Engine, func, select, text
 
 from loop.content import decode_content
 from loop.join import Batch, DeadLetter
-from loop.log import LogUnavailableError, NewRecord
+from loop.log import LogUnavailableError, NewRecord, RecordTooLargeError
 from loop.settings import StoreSettings
 from loop.store import open_store, write
 from loop.store.bulk import ROWS_PER_STATEMENT, open_bulk
@@ -231,10 +231,13 @@ def test_a_nul_in_a_comment_is_kept_out_of_the_columns(store: Engine) -> None:
 class Outbox:
     """A log that keeps what is appended."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = 1 << 20) -> None:
         self.records: list[NewRecord] = []
+        self.most_bytes = most_bytes
 
     def append(self, records: Any) -> None:
+        if any(len(record.value) > self.most_bytes for record in records):
+            raise RecordTooLargeError("too large")
         self.records += records
 
 
@@ -253,6 +256,21 @@ def test_dead_letters_are_sent_once_with_where_they_were(store: Engine) -> None:
     assert "malformed" in sent.headers["thumbwheel-reason"]
     with store.connect() as connection:
         assert connection.execute(select(func.count()).where(dead_letters.c.sent)).scalar_one() == 1
+
+
+def test_a_dead_letter_that_the_log_does_not_take_stops_no_other_and_stays_in_the_store(
+    store: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = [NewRecord(RESPONSES, "k", value, {}) for value in (b"{1", b"x" * 500, b"{3")]
+    apply(store, READER, batch_of(*broken), {})
+    outbox: Any = Outbox(most_bytes=100)
+    assert send_dead_letters(store, outbox, {0}) == 3
+    assert [record.value for record in outbox.records] == [b"{1", b"{3"]
+    (said,) = caplog.records
+    assert (said.action, said.topic, said.offset) == ("dead_letter_too_large", RESPONSES, "1")  # type: ignore[attr-defined]
+    assert send_dead_letters(store, outbox, {0}) == 0
+    with store.connect() as connection:
+        assert b"x" * 500 in {bytes(value) for value in connection.execute(select(dead_letters.c.value)).scalars()}
 
 
 ALL = Chosen((RESPONSES, FEEDBACK))
