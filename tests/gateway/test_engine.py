@@ -49,10 +49,12 @@ def said(chunks: list[dict[str, Any]]) -> dict[str | int, Any]:
     for chunk in chunks:
         found["usage"] = chunk["usage"] or found.get("usage")
         for choice in chunk["choices"]:
-            message = choice.get("message") or choice["delta"]
+            message = choice.get("message") or choice.get("delta") or {"content": choice["text"]}
             seen = found.setdefault(choice["index"], {"content": "", "logprobs": [], "finish_reason": None, "ids": []})
             seen["content"] += message["content"] or ""
-            seen["logprobs"] += [token["logprob"] for token in (choice["logprobs"] or {}).get("content") or ()]
+            logprobs = choice["logprobs"] or {}
+            seen["logprobs"] += [token["logprob"] for token in logprobs.get("content") or ()]
+            seen["logprobs"] += logprobs.get("token_logprobs") or ()  # of a completion
             seen["finish_reason"] = choice["finish_reason"] or seen["finish_reason"]
             seen["ids"] += choice.get("token_ids") or ()
     return found
@@ -105,9 +107,9 @@ async def test_vllm_completes_the_same_through_the_gateway(
         answer = await client.completions.create(
             model=model, prompt="Where is my order?", max_tokens=24, extra_body={"top_k": 1}, **ask, **stream
         )
-        answers.append(completed([chunk.model_dump() async for chunk in answer] if stream else [answer.model_dump()]))
+        answers.append(said([chunk.model_dump() async for chunk in answer] if stream else [answer.model_dump()]))
     assert answers[0] == answers[1]
-    assert len(answers[0][0]["text"]) > 0
+    assert len(answers[0][0]["content"]) > 0
     if "echo" in ask:  # no example: the answer has the prompt in it
         assert through.responses() == []
         return
@@ -115,23 +117,9 @@ async def test_vllm_completes_the_same_through_the_gateway(
     assert logged.prompt == "Where is my order?"
     assert logged.prompt_token_ids
     assert [choice.message["content"] for choice in logged.choices] == [
-        answers[1][index]["text"] for index in range(ask.get("n", 1))
+        answers[1][index]["content"] for index in range(ask.get("n", 1))
     ]
     assert all(choice.token_ids for choice in logged.choices)
-
-
-def completed(chunks: list[dict[str, Any]]) -> dict[str | int, Any]:
-    """As `said`, of completions."""
-    found: dict[str | int, Any] = {"fields": sorted({name for chunk in chunks for name in chunk})}
-    for chunk in chunks:
-        found["usage"] = chunk["usage"] or found.get("usage")
-        for choice in chunk["choices"]:
-            seen = found.setdefault(choice["index"], {"text": "", "logprobs": [], "finish_reason": None, "ids": []})
-            seen["text"] += choice["text"]
-            seen["logprobs"] += (choice["logprobs"] or {}).get("token_logprobs") or ()
-            seen["finish_reason"] = choice["finish_reason"] or seen["finish_reason"]
-            seen["ids"] += choice.get("token_ids") or ()
-    return found
 
 
 BAD: dict[str, dict[str, Any]] = {
