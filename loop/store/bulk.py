@@ -19,6 +19,8 @@ from typing import Any, Protocol
 from sqlalchemy import Column, Connection, Date, Engine, LargeBinary, Table
 from sqlalchemy.dialects import postgresql
 
+from loop.store.engine import IDLE_IN_TRANSACTION_S
+
 Row = tuple[Any, ...]
 Staged = Sequence[Row] | bytes  # rows as they are on SQLite; in COPY's format on Postgres
 _LENGTH = struct.Struct("!i")
@@ -62,8 +64,10 @@ def open_bulk(connection: Connection) -> Bulk:
     cursor = connection.connection.cursor()
     if connection.dialect.name == "sqlite":
         return SqliteBulk(cursor)
-    # Positions and what they cover are lost together in a crash of the server, or not: the log has it all.
-    cursor.execute("SET LOCAL synchronous_commit = off")
+    # Positions and what they cover are lost together in a crash of the server, or not: the log has it all. A lock that
+    # is not had by then somebody holds who was stopped: its waiter tries again, and `start_positions` ends the holder.
+    limit = f"SET LOCAL lock_timeout = '{IDLE_IN_TRANSACTION_S} s'"
+    cursor.execute(f"SET LOCAL synchronous_commit = off; {limit}")
     return PostgresBulk(cursor)
 
 

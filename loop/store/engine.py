@@ -26,6 +26,7 @@ from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 from loop.settings import StoreSettings
 from loop.store.schema import REVISION, metadata
 
+APPLICATION = "thumbwheel"  # our connections' name to Postgres
 BUSY_TIMEOUT_S = 30.0
 # Below Kafka's session time-out (10 s at the least that clients use): a writer that was stopped in its last transaction
 # loses its locks before anybody else is given its partitions.
@@ -34,6 +35,12 @@ IDLE_IN_TRANSACTION_S = 5.0
 _LOCAL_SETTINGS = text(
     f"SELECT set_config('idle_in_transaction_session_timeout', '{IDLE_IN_TRANSACTION_S * 1000:.0f}', true),"
     " set_config('default_toast_compression', 'lz4', true)"
+)
+# `state_change` is when the server last heard a message, whatever came of it.
+_END_STOPPED = text(
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+    f" AND application_name = '{APPLICATION}' AND pid <> pg_backend_pid() AND state = 'active'"
+    f" AND wait_event = 'ClientRead' AND state_change < now() - interval '{IDLE_IN_TRANSACTION_S} s'"
 )
 _SCHEMA_LOCK = 0x7468756D62  # any constant will do; "thumb"
 _WRITES = "thumbwheel_writes"
@@ -94,6 +101,16 @@ def write(engine: Engine) -> Iterator[Connection]:
             if engine.dialect.name == "postgresql":
                 connection.execute(_LOCAL_SETTINGS)
             yield connection
+
+
+def end_stopped(engine: Engine) -> int:
+    """End the transactions whose process has said nothing for IDLE_IN_TRANSACTION_S in the middle of a statement, or
+    between two of a pipeline: Postgres' own limit does not count there. Returns how many.
+    """
+    if engine.dialect.name == "sqlite":
+        return 0  # its locks are the file's, and who waits for one gets an error
+    with engine.connect() as connection:
+        return len(connection.execute(_END_STOPPED).all())
 
 
 def checkpoint(engine: Engine) -> None:
@@ -157,7 +174,7 @@ def _open_postgres(url: URL, pool_size: int) -> Engine:
         pool_size=pool_size,
         max_overflow=0,  # the pool is the bound: callers wait for a connection
         pool_pre_ping=True,  # a restarted server costs a new connection, not an error
-        connect_args={"application_name": "thumbwheel", "connect_timeout": 10},
+        connect_args={"application_name": APPLICATION, "connect_timeout": 10},
     )
     try:
         with write(engine) as connection:

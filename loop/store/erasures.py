@@ -16,7 +16,7 @@ from loop.erasure import Erased, Kind
 from loop.events import decode_response
 from loop.sqlite import empty_journal
 from loop.store.bulk import Bulk, open_bulk
-from loop.store.engine import BUSY_TIMEOUT_S, reaching, write
+from loop.store.engine import BUSY_TIMEOUT_S, end_stopped, reaching, write
 from loop.store.joining import take_out_responses, take_out_votes
 from loop.store.schema import dead_letters, erasures
 
@@ -56,12 +56,14 @@ def read_erased(engine: Engine) -> Erased:
 @contextmanager
 def _alone(engine: Engine) -> Iterator[Bulk]:
     """A writing transaction beside no joiner's: on SQLite writers take turns, on Postgres joiners move `positions`."""
+    end_stopped(engine)
     with write(engine) as connection:
+        bulk = open_bulk(connection)
         if engine.dialect.name == "postgresql":
             connection.execute(text("LOCK TABLE positions IN SHARE ROW EXCLUSIVE MODE"))
         else:
             connection.exec_driver_sql("PRAGMA secure_delete = ON")  # what is deleted is overwritten
-        yield open_bulk(connection)
+        yield bulk
 
 
 def _asked_for_by(engine: Engine, rater: str) -> list[str]:

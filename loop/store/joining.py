@@ -33,7 +33,7 @@ from loop.join import (
 )
 from loop.minhash import sketches
 from loop.store.bulk import Bulk, Staged, open_bulk, staged_form
-from loop.store.engine import reaching, write
+from loop.store.engine import end_stopped, reaching, write
 from loop.store.partitions import ensure_days
 from loop.store.schema import (
     IS_PENDING,
@@ -140,6 +140,9 @@ def start_positions(engine: Engine, reader: Reader, partitions: Iterable[int]) -
     Raises StoreUnavailableError.
     """
     wanted = sorted(partitions)
+    with reaching(engine):
+        if ended := end_stopped(engine):
+            logger.warning("%d transactions of processes that were stopped in them are ended", ended)
     with reaching(engine), write(engine) as connection:
         bulk = open_bulk(connection)
         bulk.insert(positions, [(reader.group, partition, reader.log_id, 0, 0) for partition in wanted])

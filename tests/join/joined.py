@@ -13,7 +13,7 @@ from sqlalchemy import Engine, select
 from loop.events import ResponseLogged, decode_response
 from loop.log import EventLog, LogUnavailableError
 from loop.settings import Settings
-from loop.store.joining import Reader, start_positions
+from loop.store.joining import Reader, read_positions
 from loop.store.schema import examples, rated_bodies, turn_back
 from tests.conftest import wait_until
 from tests.join.oracle import Examples
@@ -38,10 +38,10 @@ def is_joined(store: Engine, log: EventLog, settings: Settings) -> bool:
     """Whether the store's positions are the log's ends; not, as far as one knows, while the log cannot be asked."""
     try:
         ends = [log.end_offsets(topic) for topic in (settings.log.responses_topic, settings.log.feedback_topic)]
-        positions = start_positions(store, Reader(settings.joiner.group, log.identity()), ends[0])
+        positions = read_positions(store, Reader(settings.joiner.group, log.identity()))
     except LogUnavailableError:
         return False
-    return all(tuple(offsets) == (ends[0][n], ends[1][n]) for n, offsets in positions.items())
+    return all(positions.get(n, (0, 0)) == (end, ends[1][n]) for n, end in ends[0].items())
 
 
 @dataclass(frozen=True)
