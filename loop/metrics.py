@@ -77,6 +77,9 @@ store_orphaned_votes = Counter(
 )
 joiner_pending_oldest_seconds = Gauge("thumbwheel_joiner_pending_oldest_seconds", "Age of the oldest such vote.")
 joiner_dead_letters = Counter("thumbwheel_joiner_dead_letters", "Events that broke the contract, by topic.", ["topic"])
+joiner_unsent_dead_letters = Gauge(
+    "thumbwheel_joiner_unsent_dead_letters", "Dead letters in the store that their `.dlt` has not taken yet."
+)
 
 # Scheduler: the nightly run
 scheduler_runs = Counter("thumbwheel_scheduler_runs", "Runs that ended, by state.", ["state"])

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 from sqlalchemy import Engine
 
 from loop.erasure import Erased, Kind
-from loop.log import NewRecord
+from loop.log import LogUnavailableError, NewRecord
 from loop.log.embedded import EmbeddedLog
 from loop.registry import mark_erased
 from loop.settings import LogSettings, Settings
 from loop.snapshot.write import HELD_OUT, TRAIN
+from loop.store.dead_letters import count_dead_letters
 from loop.store.erasures import erase, read_erased
 from loop.store.runs import is_leased
 from services.gateway.journal import erase as erase_in_journal
@@ -48,11 +49,32 @@ def forget(settings: Settings, store: Engine, kind: Kind, subject: str) -> dict[
     later = [f"journal {path} is being written: call this again" for path in busy]
     if is_at_work:
         later.append("a run is at work, maybe with what was erased: call this again when it has ended")
+    if left := sum(map(sum, count_dead_letters(store).values())):
+        gone_by = _day_after(now_ms / 1000 + settings.store.retention_s)
+        later.append(f"{left} dead letters do not say whom they are of: they are gone by {gone_by} (store.retention_s)")
     if settings.log.kind == "kafka":
-        gone_by = datetime.fromtimestamp(now_ms / 1000 + settings.log.retention_s, UTC).date()
         topics = f"{settings.log.responses_topic}, {settings.log.feedback_topic} and their .dlt"
-        later.append(f"Kafka's topics {topics} let go of it by {gone_by} (log.retention_s)")
+        later.append(f"Kafka's topics {topics} {_until_when(settings.log, now_ms / 1000)}")
     return found | {"later": later}
+
+
+def _day_after(unix_s: float) -> date:
+    """The first day on which that time is over."""
+    return datetime.fromtimestamp(unix_s, UTC).date() + timedelta(1)
+
+
+def _until_when(settings: LogSettings, now_s: float) -> str:
+    """What Kafka says of how long it keeps what is in it."""
+    from loop.log.kafka import KafkaLog
+
+    try:
+        with closing(KafkaLog(settings)) as log:
+            keeps_s = log.keeps_s()
+    except LogUnavailableError as exc:
+        return f"did not say how long they keep it: call this again ({exc})"
+    if keeps_s is None:
+        return "keep it, one of them at least, without a limit that we may see: set their retention.ms"
+    return f"have let go of it by {_day_after(now_s + keeps_s)} (their retention.ms and segment.ms)"
 
 
 def _remove_unfinished(folder: Path) -> None:

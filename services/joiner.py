@@ -9,8 +9,7 @@ One round, and why in this order:
    events are joined; a crash before it leaves nothing, a crash after it is not repeated, and a zombie's is refused. A
    thread does it, one batch at a time, while the next one is polled and decoded: Postgres' time costs none of ours.
    SQLite's is Python's own, and two threads that wait for its lock take longer than one after the other.
-4. Send dead letters from the store's outbox to `<topic>.dlt`, then mark them: sent twice at worst, lost never. That is
-   before the next batch is in hand, for on SQLite they would wait for each other.
+4. Have dead letters sent from the store's outbox to `<topic>.dlt`, then marked: sent twice at worst, lost never.
 5. Commit the offsets to the log last: only lag tools read them, so they must never run ahead of the store.
 """
 
@@ -26,7 +25,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, product
+from itertools import groupby
 from operator import attrgetter
 from typing import TypeVar
 
@@ -39,8 +38,7 @@ from loop.log import Consumer, EventLog, LogUnavailableError, Record
 from loop.log.open import open_log
 from loop.settings import Settings
 from loop.store import open_store
-from loop.store.dead_letters import send_dead_letters
-from loop.store.engine import StoreUnavailableError, checkpoint, reaching
+from loop.store.engine import StoreUnavailableError, checkpoint
 from loop.store.joining import (
     Applied,
     Offsets,
@@ -48,14 +46,14 @@ from loop.store.joining import (
     Reader,
     Span,
     apply,
-    pending_votes,
     prepare,
     start_positions,
 )
+from services.lag import LOOK_EVERY_S, Lag
+from services.letters import Letters
 from services.waiting import RETRY_S, when_there
 
 COMMIT_EVERY_S = 1.0
-LOOK_EVERY_S = 5.0
 # The store's and the log's threads come back from many short calls, and while a batch is decoded they wait each time as
 # long as this for Python's lock (its default: 5 ms).
 SWITCH_S = 0.0005
@@ -128,10 +126,9 @@ class Joiner:
         self._joined: dict[int, Offsets] = {}  # what the store has; behind `_next` by the batch in hand
         self._in_hand: InHand | None = None
         self._owned: set[int] = set()
-        self._current_at: dict[tuple[str, int], float] = {}  # what came before this (Unix seconds) is joined
-        self._unseen: set[tuple[str, int]] = set()
+        self._lag = Lag(self._topics, store, events, lambda: self.positions)
         self._max_events = settings.joiner.batch_events
-        self._has_letters = True  # an earlier process may have left some
+        self._letters = Letters(store, events)
         self._commit_at = self._look_at = 0.0
         self._since_checkpoint = 0
         self._thread = ThreadPoolExecutor(1, "joining")
@@ -152,27 +149,32 @@ class Joiner:
             return
         log.info("joining %s", ", ".join(self._topics), extra={"action": "joiner_started"})
         try:
-            while not stop.is_set():
-                try:
-                    self._round(consumer)
-                    continue
-                except PositionMovedError as exc:
-                    result = "moved"
-                    log.warning("%s: reading on where the store is", exc, extra={"action": "joiner_moved"})
-                except (StoreUnavailableError, LogUnavailableError) as exc:
-                    result = "unavailable"
-                    _say(exc)
-                    stop.wait(RETRY_S)
-                    self._look_at = 0.0  # they say when it is back
-                metrics.joiner_batches.labels(result).inc()
-                self._next.clear()  # what was polled is not joined: every partition is sought anew
+            with self._lag:
+                self._rounds(consumer, stop)
         finally:
             offsets = partial(self._commit, consumer)
-            for leave in (self._finish, self._send_letters, offsets, consumer.close, self._thread.shutdown):
+            letters = partial(self._letters.send, self._owned)
+            closing = consumer.close, letters, self._letters.close, self._thread.shutdown
+            for leave in (self._finish, offsets, *closing):
                 try:
                     leave()
                 except (PositionMovedError, StoreUnavailableError, LogUnavailableError) as exc:
                     log.warning("left without a word: %s", exc, extra={"action": "joiner_leave_failed"})
+
+    def _rounds(self, consumer: Consumer, stop: threading.Event) -> None:
+        while not stop.is_set():
+            try:
+                self._round(consumer)
+                continue
+            except PositionMovedError as exc:
+                result = "moved"
+                log.warning("%s: reading on where the store is", exc, extra={"action": "joiner_moved"})
+            except (StoreUnavailableError, LogUnavailableError) as exc:
+                result = "unavailable"
+                _say(exc)
+                stop.wait(RETRY_S)
+            metrics.joiner_batches.labels(result).inc()
+            self._next.clear()  # what was polled is not joined: every partition is sought anew
 
     def _round(self, consumer: Consumer) -> None:
         owned = consumer.assigned()
@@ -184,7 +186,7 @@ class Joiner:
         prepared = prepare(self._store, batch)
         read_s = time.monotonic() - began
         self._finish()
-        self._send_letters()
+        self._letters.send(self._owned)
         if records:
             ends = {partition: end for partition, (_, end) in spans.items()}
             joining = self._thread.submit(_timed, lambda: apply(self._store, self._reader, prepared, spans))
@@ -198,7 +200,6 @@ class Joiner:
             self._commit(consumer)
         if time.monotonic() > self._look_at:
             self._look_at = time.monotonic() + LOOK_EVERY_S
-            self._show_gauges()
             if self._next and self._events.identity() != self._reader.log_id:
                 raise PositionMovedError("the log's topics were made anew")
 
@@ -219,27 +220,17 @@ class Joiner:
         applied, seconds = batch.joining.result()
         self._joined |= {partition: end for partition, end in batch.ends.items() if partition in self._next}
         self._resize(len(batch.records), seconds)
-        self._has_letters |= bool(batch.batch.dead_letters)
+        self._letters.has_some |= bool(batch.batch.dead_letters)
         metrics.joiner_batch_seconds.observe(batch.read_s + seconds)
         metrics.joiner_transaction_seconds.observe(seconds)
         self._count(batch.records, batch.batch, applied)
 
-    def _send_letters(self) -> None:
-        if self._has_letters:
-            with reaching(self._store):
-                send_dead_letters(self._store, self._events, self._owned)
-            self._has_letters = False
-
     def _own(self, owned: set[int]) -> None:
-        """Count a rebalance; what went to somebody else is no longer ours to show."""
-        if owned == self._owned:
-            return
-        metrics.joiner_rebalances.inc()
-        for topic, partition in product(self._topics, self._owned - owned):
-            self._current_at.pop((topic, partition), None)
-            for gauge in (metrics.joiner_lag_records, metrics.joiner_lag_seconds):
-                gauge.remove(topic, str(partition))
-        self._owned = owned
+        """Count a rebalance."""
+        if owned != self._owned:
+            metrics.joiner_rebalances.inc()
+            self._lag.own(owned)
+            self._owned = owned
 
     def _seek(self, consumer: Consumer, owned: set[int]) -> None:
         """Forget partitions that went to somebody else; start new ones where the store is."""
@@ -255,7 +246,7 @@ class Joiner:
             for topic, offset in self._by_topic(offsets):
                 consumer.seek(topic, partition, offset)
             self._next[partition] = self._joined[partition] = offsets
-        self._has_letters = True
+        self._letters.has_some = True  # its last owner may have left some
         numbers = sorted(new)
         log.info("partitions %s are ours", numbers, extra={"action": "joiner_assigned", "partitions": numbers})
 
@@ -285,37 +276,9 @@ class Joiner:
         if self._joined:
             consumer.commit(self.positions)
 
-    def _show_gauges(self) -> None:
-        now = time.time()
-        pending, oldest_ms = pending_votes(self._store)
-        metrics.joiner_pending_votes.set(pending)
-        metrics.joiner_pending_oldest_seconds.set(0 if oldest_ms is None else now - oldest_ms / 1000)
-        positions = self.positions
-        ends = {(topic, n): end for topic in self._topics for n, end in self._events.end_offsets(topic).items()}
-        for place in positions.keys() & ends.keys():
-            lag = ends[place] - positions[place]
-            metrics.joiner_lag_records.labels(place[0], str(place[1])).set(lag)
-            if lag <= 0:
-                self._current_at[place] = now
-            if place in self._current_at:
-                metrics.joiner_lag_seconds.labels(place[0], str(place[1])).set(now - self._current_at[place])
-        self._show_unseen(positions.keys() - ends.keys())
-        for part in ("log", "store"):
-            metrics.joiner_up.labels(part).set(1)
-
-    def _show_unseen(self, unseen: set[tuple[str, int]]) -> None:
-        """Partitions without a leader: the others are joined meanwhile."""
-        for topic in self._topics:
-            metrics.joiner_unseen_partitions.labels(topic).set(sum(place[0] == topic for place in unseen))
-        if unseen != self._unseen:
-            self._unseen = unseen
-            places = [f"{topic} {partition}" for topic, partition in sorted(unseen)]
-            log.warning("no broker leads: %s", ", ".join(places) or "none", extra={"action": "joiner_unseen"})
-
     def _count(self, records: list[Record], batch: Batch, applied: Applied) -> None:
         metrics.joiner_batches.labels("committed").inc()
-        for place, timestamp_ms in {(r.topic, r.partition): r.timestamp_ms for r in records}.items():
-            self._current_at[place] = max(self._current_at.get(place, 0.0), timestamp_ms / 1000)
+        self._lag.joined({(r.topic, r.partition): r.timestamp_ms for r in records}.items())
         counts = Counter(record.topic for record in records)
         dead = Counter(letter.topic for letter in batch.dead_letters)
         new = dict(zip(self._topics, (applied.responses, len(applied.votes)), strict=True))

@@ -30,7 +30,7 @@ from loop.rollout.vllm import EngineError
 from loop.rollout.watch import tick
 from loop.settings import Settings
 from loop.store import open_store
-from loop.store.retention import retire_days, retire_votes
+from loop.store.retention import retire_days, retire_letters, retire_votes
 from loop.store.routes import RouteChangedError
 from loop.store.runs import Run, drop_lease, next_run, request_run, take_lease
 from services.waiting import RETRY_S, when_there
@@ -131,12 +131,14 @@ def tidy_up(store: Engine, retention_s: float, stop: threading.Event) -> None:
     try:
         orphaned = retire_votes(store, before_ms, stop)
         metrics.store_orphaned_votes.inc(orphaned)
+        letters = retire_letters(store, before_ms, stop)
         days = [str(day) for day in retire_days(store, before_ms, stop)]
     except SQLAlchemyError as exc:
         log.warning("store not tidied", extra={"action": "tidy_failed", "why": str(exc)})
         return
-    if days or orphaned:
-        log.info("store tidied", extra={"action": "tidied", "days": days, "orphaned_votes": orphaned})
+    if days or orphaned or letters:
+        done = {"days": days, "orphaned_votes": orphaned, "dead_letters": letters}
+        log.info("store tidied", extra={"action": "tidied", **done})
 
 
 def ask_for_run(store: Engine) -> Run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -39,6 +39,7 @@ BOOTSTRAP_S = 5.0
 REQUEST_S = 10.0
 DELIVERY_S = 30.0
 CLOSE_S = 2.0
+SEGMENT_S = 86_400  # of topics that we make: what is old enough to go waits for its segment's end
 SESSION_TIMEOUT_S = 10.0  # above the store's idle-in-transaction limit: a zombie has no lock left when it is replaced
 
 log = logging.getLogger("thumbwheel.log")
@@ -148,6 +149,16 @@ class KafkaLog:
         with self._asking() as admin:
             ids = {topic["name"]: str(topic["topic_id"]) for topic in _describe(admin, pair)}
             return " ".join([str(admin.describe_cluster()["cluster_id"]), *(ids[topic] for topic in pair)])
+
+    def keeps_s(self) -> float | None:
+        """How long the topics and their `.dlt` keep a record at most: retention deletes a segment when its last one is
+        old enough. None where one keeps them for ever, or we may not see how long. Raises LogUnavailableError.
+        """
+        topics, names = _topics(self._settings), ("retention.ms", "segment.ms")
+        with self._asking() as admin:
+            configs = _configs(admin, topics, names)
+        ages_ms = [[int(configs.get(topic, {}).get(name, -1)) for name in names] for topic in topics]
+        return max(map(sum, ages_ms)) / 1000 if min(map(min, ages_ms)) >= 0 else None
 
     def close(self) -> None:
         """Close the connections; what `append` returned from is with the brokers."""
@@ -346,18 +357,24 @@ def _describe(admin: Any, topics: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
+def _topics(settings: LogSettings) -> tuple[str, ...]:
+    pair = (settings.responses_topic, settings.feedback_topic)
+    return (*pair, *(f"{topic}.dlt" for topic in pair))
+
+
 def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
     pair = (settings.responses_topic, settings.feedback_topic)
     with _admin(client) as admin:
         there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics() if topic["partitions"]}
         # The partner of a topic that is there must be like it.
         partitions = next((there[topic] for topic in pair if topic in there), settings.partitions)
-        configs = {
+        at_least = {
             "retention.ms": settings.retention_s * 1000,
             "max.message.bytes": settings.max_message_bytes,
             "min.insync.replicas": settings.min_insync_replicas,
         }
-        topics = (*pair, *(f"{topic}.dlt" for topic in pair))
+        configs = at_least | {"segment.ms": min(SEGMENT_S, settings.retention_s) * 1000}
+        topics = _topics(settings)
         for topic in topics:
             if topic not in there:
                 options = {
@@ -370,7 +387,7 @@ def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
                 except TopicAlreadyExistsError:
                     continue  # another process of ours was quicker
         there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics(list(pair))}
-        _check_configs(admin, topics, configs)
+        _check_configs(admin, topics, at_least)
     if len({there[topic] for topic in pair}) != 1:
         counts = ", ".join(f"{topic} has {there[topic]}" for topic in pair)
         raise ValueError(
@@ -380,14 +397,19 @@ def _prepare_topics(settings: LogSettings, client: dict[str, Any]) -> None:
 
 def _check_configs(admin: Any, topics: Sequence[str], at_least: Mapping[str, int]) -> None:
     """Warn of topics that take less than we may send, or promise less than we count on: somebody else's to change."""
-    asked = [ConfigResource(ConfigResourceType.TOPIC, topic, list(at_least)) for topic in topics]
-    # Brokers that do not let us see a topic's configuration answer with an empty one.
-    for topic, configs in admin.describe_configs(asked, config_filter="all").get("topic", {}).items():
+    for topic, configs in _configs(admin, topics, at_least).items():
         for name, ours in at_least.items():
-            found = int(configs[name]["value"]) if name in configs else ours
+            found = int(configs.get(name, ours))
             if found < ours and not (name == "retention.ms" and found == -1):  # for ever
                 log.warning(
                     "topic %s has %s=%d, expected at least %d: alter it, or set log.%s",
                     *(topic, name, found, ours, name.replace(".ms", "_s").replace(".", "_")),
                     extra={"action": "topic_config"},
                 )
+
+
+def _configs(admin: Any, topics: Iterable[str], names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """These settings of the topics; brokers that do not let us see them answer with none."""
+    asked = [ConfigResource(ConfigResourceType.TOPIC, topic, list(names)) for topic in topics]
+    found = admin.describe_configs(asked, config_filter="all").get("topic", {})
+    return {topic: {name: one["value"] for name, one in configs.items()} for topic, configs in found.items()}

@@ -11,7 +11,7 @@ from sqlalchemy import Column, ColumnElement, Engine, Row, and_, func, select, t
 
 from loop.log import EventLog, NewRecord, RecordTooLargeError
 from loop.store.engine import write
-from loop.store.schema import dead_letters
+from loop.store.schema import IS_UNSENT, dead_letters
 
 logger = logging.getLogger("thumbwheel.joiner")
 
@@ -51,8 +51,22 @@ def list_dead_letters(engine: Engine, chosen: Chosen, limit: int) -> list[dict[s
         return [row._asdict() for row in connection.execute(query.order_by(*_place).limit(limit))]
 
 
-def send_dead_letters(engine: Engine, log: EventLog, partitions: Collection[int]) -> int:
-    """Send what waits from these partitions; returns how many. Killed in between, it sends some twice, loses none.
+def places_to_send(engine: Engine, partitions: Collection[int]) -> list[tuple[str, int]]:
+    """The (topic, partition) of these partitions that have letters to be sent."""
+    with engine.connect() as connection:
+        query = select(*_place[:2]).where(IS_UNSENT, _columns.partition.in_(partitions))
+        rows = connection.execute(query.distinct().order_by(*_place[:2])).all()
+    return [(topic, partition) for topic, partition in rows]
+
+
+def count_unsent(engine: Engine) -> int:
+    """How many wait to be sent."""
+    with engine.connect() as connection:
+        return int(connection.execute(select(func.count()).select_from(dead_letters).where(IS_UNSENT)).scalar_one())
+
+
+def send_dead_letters(engine: Engine, log: EventLog, chosen: Chosen) -> int:
+    """Send those that wait; returns how many. Killed in between, it sends some twice, loses none.
 
     Headers say where a letter was: `thumbwheel-topic`, `-partition`, `-offset` and `-reason`. One that the log does not
     take, as it is too large with these, stays in the store alone. Raises LogUnavailableError, and what the store
@@ -70,7 +84,7 @@ def send_dead_letters(engine: Engine, log: EventLog, partitions: Collection[int]
             place = {name: letters[0].headers[f"thumbwheel-{name}"] for name in ("topic", "partition", "offset")}
             logger.error("dead letter not sent: %s", exc, extra={"action": "dead_letter_too_large", **place})
 
-    return _append_and_mark(engine, append, _columns.sent, _columns.partition.in_(partitions), _letter)
+    return _append_and_mark(engine, append, _columns.sent, chosen.condition(), _letter)
 
 
 def replay_dead_letters(engine: Engine, log: EventLog, chosen: Chosen) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -130,7 +131,7 @@ def apply(engine: Engine, reader: Reader, prepared: Prepared, spans: Mapping[int
             changed, displaced = _add_votes(bulk, batch.votes)
             # 5. What the facts mean, for the responses that something new says something about.
             unstored, unclear = _rejoin(bulk, batch, added, replaced, [*changed, *displaced])
-            bulk.insert(dead_letters, [_dead_row(letter, reader.log_id) for letter in batch.dead_letters])
+            bulk.insert(dead_letters, _dead_rows(batch.dead_letters, reader.log_id))
     return Applied(inserted, changed, stale, unstored, unclear)
 
 
@@ -418,6 +419,13 @@ def _example_row(e: Joined, sketch: bytes) -> tuple[object, ...]:
     )
 
 
-def _dead_row(letter: DeadLetter, log_id: str) -> tuple[object, ...]:
-    reason, key = letter.reason.replace("\x00", "\ufffd"), letter.key.replace("\x00", "\ufffd")[:256]
-    return (letter.topic, letter.partition, letter.offset, log_id, reason, key, letter.value, False, False)
+def _dead_rows(letters: Iterable[DeadLetter], log_id: str) -> list[tuple[object, ...]]:
+    now_ms = int(time.time() * 1000)
+
+    def text(what: str) -> str:
+        return what.replace("\x00", "\ufffd")
+
+    return [
+        (*letter[:3], log_id, text(letter.reason), text(letter.key)[:256], letter.value, False, False, now_ms)
+        for letter in letters
+    ]

@@ -1,4 +1,4 @@
-"""What leaves the store by age: responses that nobody rated, and votes whose response never came.
+"""What leaves the store by age: responses that nobody rated, votes whose response never came, and dead letters.
 
 A rated response stays, as its example, and can still be voted on. On Postgres a day of bodies is a table that is
 dropped; on SQLite its rows are deleted, in transactions as short as the joiner's.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from datetime import UTC, date, datetime
+from typing import Any
 
-from sqlalchemy import Engine, delete, select, tuple_
+from sqlalchemy import Column, Engine, Select, Table, delete, select, tuple_
 
 from loop.store.engine import write
 from loop.store.partitions import drop_day, ensure_days, oldest_day
-from loop.store.schema import IS_PENDING, examples, response_index, responses, votes
+from loop.store.schema import IS_PENDING, dead_letters, examples, response_index, responses, votes
 
 ROWS = 1_000  # deleted in one transaction
 
@@ -24,12 +25,16 @@ def retire_votes(engine: Engine, before_ms: int, stop: threading.Event) -> int:
     """
     columns = votes.c.key, votes.c.feedback_id
     page = select(*columns).where(IS_PENDING, votes.c.hlc < before_ms << 16).order_by(votes.c.hlc).limit(ROWS)
-    deleted, found = 0, ROWS
-    while found == ROWS and not stop.is_set():
-        with write(engine) as connection:
-            found = connection.execute(delete(votes).where(tuple_(*columns).in_(page))).rowcount
-        deleted += found
-    return deleted
+    return _delete_by_page(engine, votes, columns, page, stop)
+
+
+def retire_letters(engine: Engine, before_ms: int, stop: threading.Event) -> int:
+    """Delete the dead letters from before that time (Unix ms) that their `.dlt` has; returns how many it was. Raises
+    what SQLAlchemy raises.
+    """
+    place = tuple(dead_letters.primary_key)
+    page = select(*place).where(dead_letters.c.sent, dead_letters.c.at_ms < before_ms).limit(ROWS)
+    return _delete_by_page(engine, dead_letters, place, page, stop)
 
 
 def retire_days(engine: Engine, before_ms: int, stop: threading.Event) -> list[date]:
@@ -65,3 +70,14 @@ def _forget(engine: Engine, day: date, stop: threading.Event) -> bool:
                 connection.execute(delete(responses).where(responses.c.day == day, responses.c.turned_id.in_(ids)))
             after = ids[-1]
     return False
+
+
+def _delete_by_page(
+    engine: Engine, table: Table, key: tuple[Column[Any], ...], page: Select[Any], stop: threading.Event
+) -> int:
+    deleted, found = 0, ROWS
+    while found == ROWS and not stop.is_set():
+        with write(engine) as connection:
+            found = connection.execute(delete(table).where(tuple_(*key).in_(page))).rowcount
+        deleted += found
+    return deleted

@@ -22,7 +22,7 @@ from sqlalchemy.dialects import postgresql
 from loop.events import KEY, UUID
 
 # Of `migrations/versions`; to be raised with every change below.
-REVISION = "0009"
+REVISION = "0010"
 
 metadata = MetaData()
 Json = JSON().with_variant(postgresql.JSONB(), "postgresql")
@@ -139,6 +139,8 @@ positions = Table(
     Column("feedback_next", BigInteger, nullable=False),
 )
 
+IS_UNSENT = text("NOT sent")
+
 # Outbox: written in the join's transaction, sent to `<topic>.dlt` afterwards. `replayed`: was appended to its own topic
 # again, by an operator. A topic that was made anew begins at offset 0 again, so `log_id` is a part of the place.
 dead_letters = Table(
@@ -153,6 +155,8 @@ dead_letters = Table(
     Column("value", Bytes, nullable=False),
     Column("sent", Boolean, nullable=False),
     Column("replayed", Boolean, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),  # when it was written here: Unix time
+    Index("dead_letters_unsent", "topic", "partition", sqlite_where=IS_UNSENT, postgresql_where=IS_UNSENT),
 )
 
 # Tombstones, which stay: what they name (see `loop.erasure`) was erased and is not joined again. `at_ms`: when, in Unix

@@ -77,8 +77,11 @@ def test_a_broker_away_holds_up_only_what_it_leads(
     settings = Settings(log=log_settings, store=StoreSettings(url=SecretStr(f"sqlite:///{tmp_path}/store.db")))
     store, log = open_store(settings.store), open_log(settings.log)
     spool = EmbeddedLog(tmp_path / "spool.db", settings.log.partitions)
-    events = on_topics_of(settings, colliding_events(21, 900))
+    good = on_topics_of(settings, colliding_events(21, 900))
     topics = (settings.log.responses_topic, settings.log.feedback_topic)
+    # With each key, so that every partition of every `.dlt` gets some, those without a leader among them.
+    rubbish = [NewRecord(event.topic, event.key, b"{%d" % n) for n, event in enumerate(good[::9])]
+    events = [event for n, one in enumerate(good) for event in (*rubbish[n // 9 : n // 9 + (n % 9 == 0)], one)]
 
     def left() -> set[tuple[str, int]]:
         """Partitions with records that are still in the spool."""
@@ -113,12 +116,16 @@ def test_a_broker_away_holds_up_only_what_it_leads(
         behind = [(n, partition, end) for n in (0, 1) for partition, end in ends[n].items()]
         wait_until(lambda: not any(starmap(is_behind, behind)), "joined that")
         wait_until(lambda: unseen() == len(away()), "seen which have none")
+        assert joiner.metric("thumbwheel_joiner_unsent_dead_letters") > 0
         second.start()
         wait_until(lambda: not left() and is_joined(store, log, settings), "joined the rest")
         wait_until(lambda: unseen() == 0, "seen all again")
+        wait_until(lambda: joiner.metric("thumbwheel_joiner_unsent_dead_letters") == 0, "sent all dead letters")
     assert joiner.signal(signal.SIGTERM) == 0
-    assert examples_in(store) == examples_of(events, settings.log.responses_topic)
+    assert examples_in(store) == examples_of(good, settings.log.responses_topic)
     assert by_key(read_all(log, settings.log)) == by_key(events)
+    dead = settings.log.model_copy(update={"responses_topic": f"{topics[0]}.dlt", "feedback_topic": f"{topics[1]}.dlt"})
+    assert {record.value for record in read_all(log, dead)} == {record.value for record in rubbish}
     spool.close()
     log.close()
     store.dispose()

@@ -28,7 +28,7 @@ from loop.log import NewRecord
 from loop.log.kafka import SESSION_TIMEOUT_S
 from loop.log.open import open_log
 from loop.settings import JoinerSettings, LogSettings, Settings, StoreSettings
-from loop.store import open_store
+from loop.store import open_store, write
 from loop.store.engine import IDLE_IN_TRANSACTION_S
 from services.joiner import Joiner
 from tests.conftest import wait_until
@@ -212,6 +212,26 @@ def test_what_people_watch_is_on_metrics(start: Start, tmp_path: Path) -> None:
     wait_until(is_every_batch_timed, "timed as often as counted")
     log.append([response(id, at_ms=START_MS + 1)])
     wait_until(lambda: joiner.metric("thumbwheel_joiner_stale_versions_total") == 1, "counted as stale")
+    assert joiner.signal(signal.SIGTERM) == 0
+    log.close()
+    store.dispose()
+
+
+def test_how_far_it_is_behind_is_shown_while_the_store_holds_it_up(start: Start, tmp_path: Path) -> None:
+    settings = embedded(tmp_path)
+    log, store = open_log(settings.log), open_store(settings.store)
+    ids = [response_id(f"{n:016x}", 1) for n in range(40)]
+    log.append([response(id) for id in ids])
+    joiner = start(settings)
+    wait_until(lambda: is_joined(store, log, settings), "joined")
+    shown = "lag_records{", "lag_seconds{"
+    wait_until(lambda: joiner.metrics(*shown) == dict.fromkeys(shown, 0), "shown as joined")
+    with write(store):  # the only writer meanwhile
+        log.append([feedback(f"f{n}", "up", HLC, response_id=id) for n, id in enumerate(ids)])
+        wait_until(lambda: joiner.metrics(*shown)["lag_records{"] == 40, "shown as behind")
+        wait_until(lambda: joiner.metrics(*shown)["lag_seconds{"] > 0, "shown for how long")
+    wait_until(lambda: joiner.metrics(*shown) == dict.fromkeys(shown, 0), "shown as joined again")
+    assert len(examples_in(store)) == 40
     assert joiner.signal(signal.SIGTERM) == 0
     log.close()
     store.dispose()

@@ -34,7 +34,8 @@ def test_topics_are_made_as_the_settings_say(apache_kafka: RealKafka, admin: Any
     pair = [settings.responses_topic, settings.feedback_topic]
     topics = [*pair, *(f"{topic}.dlt" for topic in pair)]
     found = admin.describe_configs([ConfigResource("TOPIC", topic) for topic in topics])["topic"]
-    expected = {"retention.ms": "7200000", "max.message.bytes": "100000", "min.insync.replicas": "1"}
+    sizes = {"max.message.bytes": "100000", "min.insync.replicas": "1"}
+    expected = {"retention.ms": "7200000", "segment.ms": "7200000", **sizes}
     # Only what was set for the topic itself is listed.
     assert {name: {key: c["value"] for key, c in configs.items()} for name, configs in found.items()} == dict.fromkeys(
         topics, expected

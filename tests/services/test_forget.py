@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
+from kafka import KafkaAdminClient
+from kafka.admin import ConfigResource
 from pydantic import SecretStr
 from sqlalchemy import Engine
 from typer.testing import CliRunner
@@ -22,7 +24,7 @@ from loop.erasure import Erased
 from loop.events import Choice, FeedbackGiven, ResponseLogged, encode, hash_rater
 from loop.join import read_batch
 from loop.kto.cache import ReferenceCache
-from loop.log import NewRecord
+from loop.log import NewRecord, Record
 from loop.log.embedded import EmbeddedLog
 from loop.registry import get_adapter, register_candidate
 from loop.settings import GatewaySettings, LogSettings, Settings, SnapshotSettings, StoreSettings, TrainSettings
@@ -33,7 +35,10 @@ from services import forget as forgetting
 from services.cli import app
 from services.forget import _has_rows, forget
 from services.gateway.journal import Journal, left_in
+from tests.conftest import wait_until
 from tests.join.joined import read_examples
+from tests.ports import free_port
+from tests.services_real import RealKafka
 
 NOW_MS = int(datetime.now(UTC).timestamp() * 1000)
 TOPICS = LogSettings().responses_topic, LogSettings().feedback_topic
@@ -236,12 +241,44 @@ def test_what_a_killed_run_has_left_goes_and_what_one_is_making_is_named(machine
     assert machine.files_with(SECRET) == []
 
 
-def test_what_kafka_has_goes_by_retention_and_the_date_is_said(machine: Machine) -> None:
-    kafka = machine.settings.log.model_copy(update={"kind": "kafka", "retention_s": 14 * 86_400})
-    settings = machine.settings.model_copy(update={"log": kafka})
+def test_what_kafka_has_goes_by_retention_and_the_date_is_said(machine: Machine, apache_kafka: RealKafka) -> None:
+    folder = machine.settings.log.path
+    log = apache_kafka.settings(path=folder, retention_s=14 * 86_400)
+    settings = machine.settings.model_copy(update={"log": log})
+
+    def said() -> str:
+        (of_kafka,) = forget(settings, machine.store, "user", rater("ann"))["later"]
+        return of_kafka
+
+    def keep(days: int) -> None:
+        admin = KafkaAdminClient(bootstrap_servers=[apache_kafka.server])
+        limit_ms = days * 86_400_000 if days > 0 else -1
+        admin.alter_configs([ConfigResource("TOPIC", f"{log.feedback_topic}.dlt", {"retention.ms": limit_ms})])
+        admin.close()
+
+    def is_said(days: int) -> bool:
+        """A day more to the segment's end, and one to that day's."""
+        before = today()
+        found = said()
+        return any(f"by {day + timedelta(days + 2)}" in found for day in (before, today()))
+
+    assert is_said(14)
+    keep(30)
+    wait_until(lambda: is_said(30), "said by the one that keeps it longest")
+    keep(-1)
+    wait_until(lambda: "without a limit" in said(), "said to have no limit")
+    log = log.model_copy(update={"bootstrap_servers": [f"127.0.0.1:{free_port()}"]})
+    settings = machine.settings.model_copy(update={"log": log})
+    assert "did not say how long" in said()
+
+
+def test_a_dead_letter_that_names_nobody_goes_by_retention_and_the_date_is_said(machine: Machine) -> None:
+    rubbish = Record(TOPICS[1], 0, 0, "k", b"{", NOW_MS)
+    apply(machine.store, Reader("g", "log"), prepare(machine.store, read_batch([rubbish], TOPICS[0])), {})
     before = today()
-    (said,) = forget(settings, machine.store, "user", rater("ann"))["later"]
-    assert any(str(day + timedelta(14)) in said for day in (before, today()))
+    (said,) = forget(machine.settings, machine.store, "user", rater("ann"))["later"]
+    assert "1 dead letters" in said
+    assert any(str(day + timedelta(31)) in said for day in (before, today()))
 
 
 def test_the_command_names_who_by_the_apps_own_id(machine: Machine) -> None:

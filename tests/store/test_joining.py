@@ -246,9 +246,9 @@ def test_dead_letters_are_sent_once_with_where_they_were(store: Engine) -> None:
     apply(store, READER, batch_of(broken, response(ID)), {})
     apply(store, READER, batch_of(broken), {})
     outbox: Any = Outbox()
-    assert send_dead_letters(store, outbox, {1}) == 0  # another joiner's
-    assert send_dead_letters(store, outbox, {0}) == 1
-    assert send_dead_letters(store, outbox, {0}) == 0
+    assert send_dead_letters(store, outbox, Chosen([RESPONSES], 1)) == 0  # another joiner's
+    assert send_dead_letters(store, outbox, Chosen([RESPONSES], 0)) == 1
+    assert send_dead_letters(store, outbox, Chosen([RESPONSES], 0)) == 0
     (sent,) = outbox.records
     assert (sent.topic, sent.value) == (f"{RESPONSES}.dlt", b"\x00{")
     assert sent.headers["thumbwheel-topic"] == RESPONSES
@@ -264,11 +264,11 @@ def test_a_dead_letter_that_the_log_does_not_take_stops_no_other_and_stays_in_th
     broken = [NewRecord(RESPONSES, "k", value, {}) for value in (b"{1", b"x" * 500, b"{3")]
     apply(store, READER, batch_of(*broken), {})
     outbox: Any = Outbox(most_bytes=100)
-    assert send_dead_letters(store, outbox, {0}) == 3
+    assert send_dead_letters(store, outbox, Chosen([RESPONSES], 0)) == 3
     assert [record.value for record in outbox.records] == [b"{1", b"{3"]
     (said,) = caplog.records
     assert (said.action, said.topic, said.offset) == ("dead_letter_too_large", RESPONSES, "1")  # type: ignore[attr-defined]
-    assert send_dead_letters(store, outbox, {0}) == 0
+    assert send_dead_letters(store, outbox, Chosen([RESPONSES], 0)) == 0
     with store.connect() as connection:
         assert b"x" * 500 in {bytes(value) for value in connection.execute(select(dead_letters.c.value)).scalars()}
 
@@ -306,7 +306,7 @@ def test_the_chosen_dead_letters_are_replayed_as_they_were_and_once(
     left = [letter for letter in LETTERS if letter not in expected]
     listed = [(found["topic"], found["partition"], found["offset"]) for found in list_dead_letters(store, ALL, 99)]
     assert listed == [letter[:3] for letter in left]
-    assert send_dead_letters(store, outbox, {0, 1}) == len(LETTERS)  # replayed or not
+    assert send_dead_letters(store, outbox, ALL) == len(LETTERS)  # replayed or not
 
 
 def test_a_replay_that_breaks_off_loses_none(store: Engine) -> None:
@@ -349,7 +349,7 @@ def test_dead_letters_of_a_log_made_anew_stand_beside_the_old_ones(store: Engine
     for _ in range(2):
         apply(store, anew, Batch(dead_letters=[letter._replace(reason="anew") for letter in LETTERS[:2]]), {})
     outbox: Any = Outbox()
-    assert send_dead_letters(store, outbox, {0, 1}) == len(LETTERS) + 2
+    assert send_dead_letters(store, outbox, ALL) == len(LETTERS) + 2
     assert replay_dead_letters(store, outbox, Chosen([FEEDBACK], partition=0, offset=1)) == 2
     found = list_dead_letters(store, Chosen([FEEDBACK], partition=0), 99)
     assert [(letter["offset"], letter["log_id"], letter["reason"]) for letter in found] == [

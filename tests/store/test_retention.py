@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import Engine, func, select, text
+from sqlalchemy import Engine, func, select, text, update
 from sqlalchemy.exc import OperationalError
 
+from loop.log import NewRecord
 from loop.store import retention
 from loop.store.joining import pending_votes
 from loop.store.partitions import ensure_days, oldest_day
-from loop.store.retention import retire_days, retire_votes
-from loop.store.schema import response_index, responses, turn_back, votes
+from loop.store.retention import retire_days, retire_letters, retire_votes
+from loop.store.schema import dead_letters, response_index, responses, turn_back, votes
 from tests.join.joined import examples_in
-from tests.join.traffic import DAY_MS, START_MS, feedback, response, response_id
+from tests.join.traffic import DAY_MS, RESPONSES, START_MS, feedback, response, response_id
 from tests.store.joined import READER, apply, batch_of
 
 NOW_MS = START_MS + 10 * DAY_MS
@@ -83,6 +85,24 @@ def test_votes_whose_response_never_came_are_orphans_at_last(store: Engine, monk
     assert len(examples_in(store)) == 1
     with store.connect() as connection:
         assert set(connection.execute(select(votes.c.feedback_id)).scalars()) == {"y", "j", "o1"}
+
+
+def test_a_dead_letter_goes_by_its_age_when_its_log_has_it(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "ROWS", 2)
+    began_ms = int(time.time() * 1000)
+    rubbish = [NewRecord(RESPONSES, "k", b"{%d" % n) for n in range(6)]
+    apply(store, READER, batch_of(*rubbish), {})
+    with store.begin() as connection:
+        connection.execute(update(dead_letters).where(dead_letters.c.offset < 5).values(sent=True))
+
+    def left() -> set[int]:
+        with store.connect() as connection:
+            return set(connection.execute(select(dead_letters.c.offset)).scalars())
+
+    assert retire_letters(store, began_ms, GOING) == 0
+    assert left() == set(range(6))
+    assert retire_letters(store, int(time.time() * 1000) + 1, GOING) == 5
+    assert left() == {5}
 
 
 def test_stopped_in_the_middle_it_goes_on_with_the_next_call(aged: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
