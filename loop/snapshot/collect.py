@@ -10,7 +10,7 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from loop.store import open_store
 from loop.store.engine import StoreUnavailableError
 from loop.store.examples import Block, stream_examples
 
+UNCACHE_ROWS = 20_000  # some 50 MB
 SHARES = 8  # of the blocks, for each process: so that all have about the same to do
 
 
@@ -74,18 +75,33 @@ def collect(
     return done, [share.spool for share in shares]
 
 
-def _collect(engine: Engine, settings: SnapshotSettings, shares: Sequence[_Share]) -> Collected:
+def _collect(
+    engine: Engine, settings: SnapshotSettings, shares: Sequence[_Share], uncache: Callable[[], None] = lambda: None
+) -> Collected:
     read, steps = 0, dict.fromkeys(STEPS, 0)
     for share in shares:
         with Spool(share.spool, settings.salt, settings.near_duplicate_similarity) as spool:
             for example in stream_examples(engine, share.blocks):
                 for row in to_rows(example, settings):
+                    if read % UNCACHE_ROWS == 0:
+                        uncache()
                     read += 1
                     if isinstance(row, str):
                         steps[row] += 1
                     else:
                         spool.add(row, settle(row.votes, settings.disagreement))
     return Collected(read, steps)
+
+
+def _uncaching(engine: Engine) -> Callable[[], None]:
+    """Takes the store's file out of the system's cache, as `uncache` does with ours: a third of the time to read it.
+
+    For a process of its own. The file stays open until that ends, for to close it would undo SQLite's locks on it.
+    """
+    if engine.dialect.name != "sqlite":
+        return lambda: None
+    file = os.open(str(engine.url.database), os.O_RDONLY)
+    return lambda: os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
@@ -127,7 +143,7 @@ def _main(file: Path) -> None:
     pa.set_memory_pool(pa.system_memory_pool())  # which gives back what it does not need: half of the process's memory
     try:
         engine = open_store(StoreSettings(url=SecretStr(job.url)))
-        done = _collect(engine, SnapshotSettings(**job.settings), job.shares)
+        done = _collect(engine, SnapshotSettings(**job.settings), job.shares, _uncaching(engine))
     except StoreUnavailableError as exc:
         print(exc, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
