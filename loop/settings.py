@@ -118,8 +118,8 @@ class GatewaySettings(Section):
     drain_timeout_s: Seconds = 30.0
     """How long open streams may go on after SIGTERM."""
     regenerate_weight: ImplicitWeight | None = None
-    """Weight of the vote against an answer that is asked for again in its conversation, where the same gateway process
-    answers both; none: no such votes."""
+    """Weight of the vote against an answer that is asked for again in its conversation, where the same machine's
+    gateways answer both; none: no such votes."""
     copy_weight: ImplicitWeight | None = None
     """Weight of votes with the source `copy`: the app saw the answer copied; none: they are refused."""
     edit_weight: ImplicitWeight | None = None

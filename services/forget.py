@@ -29,6 +29,7 @@ from loop.store.erasures import erase, read_erased
 from loop.store.runs import is_leased
 from services.gateway.journal import erase as erase_in_journal
 from services.gateway.journal import recover
+from services.gateway.recent import RECENT, forget_recent
 
 JOURNAL_PATIENCE_S = 5.0
 
@@ -46,6 +47,7 @@ def forget(settings: Settings, store: Engine, kind: Kind, subject: str) -> dict[
     found["snapshots"], found["adapters"] = _erase_snapshots(settings.snapshot.dir, store, erased, now_ms)
     found["reference_cache"] = _erase_cache(settings.train.cache)
     found["log_records"], busy = _erase_files(settings.log, erased)
+    found["gateways_memory"] = forget_recent(settings.log.path.with_name(RECENT))
     later = [f"journal {path} is being written: call this again" for path in busy]
     if is_at_work:
         later.append("a run is at work, maybe with what was erased: call this again when it has ended")

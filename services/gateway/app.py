@@ -35,6 +35,7 @@ from services.gateway.langfuse import create_scores, delete_score, drop_traces, 
 from services.gateway.openapi import document, page
 from services.gateway.parts import MAX_HEADERS, PARTS, Parts
 from services.gateway.proxy import chat_completions, completions, models, not_served, pass_through
+from services.gateway.recent import RECENT, Recent
 from services.gateway.redactor import Redactor
 from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
 from services.gateway.routes import RouteWatch
@@ -227,7 +228,8 @@ def _parts(settings: Settings) -> Callable[[web.Application], AsyncIterator[None
         alias, poll_s, tally = settings.engine.alias, gateway.route_poll_s, Tally()
         routes = RouteWatch(alias, gateway.gateway_id, settings.store, log, poll_s, keys, tally)
         clock = HybridClock(int(log.get_meta(CLOCK) or 0))
-        app[PARTS] = Parts(settings, engines, routes, spool, redactor, clock, tally)
+        recent = Recent(log.path.with_name(RECENT))
+        app[PARTS] = Parts(settings, engines, routes, spool, recent, redactor, clock, tally)
         tasks = [asyncio.create_task(routes.watch()), asyncio.create_task(engines.watch())]
         with forwarding(log, settings.log):
             yield
@@ -238,6 +240,7 @@ def _parts(settings: Settings) -> Callable[[web.Application], AsyncIterator[None
             await routes.close()
             engines.close()
             await spool.close()
+        recent.close()
         log.close()
 
     return opened

@@ -222,7 +222,7 @@ def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> Fee
         has_several = has_several_choices(response_id)
     elif vote.message_id is not None:
         message_id = fitting_id(vote.message_id)
-        has_several = key_of_message_id(message_id) in parts.with_choices
+        has_several = parts.recent.get("choices", key_of_message_id(message_id)) is not None
     else:
         raise Refusal(422, "the vote names no response; give response_id, message_id or token", param="response_id")
     if vote.choice_index is None and has_several:
@@ -244,7 +244,7 @@ def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> Fee
         response_id=response_id,
         message_id=message_id,
         choice_index=int(vote.choice_index or 0),
-        # Another process may have answered, so that only the joiner sees how many there are.
+        # Another machine may have answered, so that only the joiner sees how many there are.
         names_choice=response_id is not None or vote.choice_index is not None,
         rater=rater,
         weight=weight if vote.weight is None else vote.weight,

@@ -6,8 +6,9 @@ A score is on the trace of a response: its trace id is the `response_id`, the SH
 digits, as LibreChat makes it), else the message id itself. Which scores are thumbs, and which way they point, the
 settings of [langfuse] say; the others, and everything else that those clients send, is accepted and dropped.
 
-A score given again is the rater's next vote; a deleted one is a retraction. What a score was on is remembered for a
-while, else read from its id, where that ends with `-` and the trace id (as LibreChat's do, and those made here).
+A score given again is the rater's next vote; a deleted one is a retraction. What a score was on the gateways of a
+machine remember for a while, else its id says it, where that ends with `-` and the trace id (as LibreChat's do, and
+those made here).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ async def delete_score(request: web.Request) -> web.Response:
     parts = request.app[PARTS]
     await parts.check_key(request, "feedback")
     score_id = request.match_info["score_id"]
-    trace_id = parts.scored.get(score_id)
+    trace_id = parts.recent.get("score", score_id)
     if trace_id is None and (match := _TRACE_AT_END.search(score_id)):
         trace_id = match.group(1)
     if trace_id is None:
@@ -169,7 +170,7 @@ def take_score(raw: bytes | Raw, event_id: str | None, parts: Parts) -> tuple[Sc
     except Refusal as exc:
         count_refused(exc)
         raise
-    parts.scored.put(_id_of(score), score.trace_id)
+    parts.recent.put("score", _id_of(score), score.trace_id)
     return score, given
 
 

@@ -29,7 +29,6 @@ from services.gateway.spool import Spool
 from services.gateway.tally import Tally
 
 MAX_HEADERS = 100
-_REMEMBERED = 20_000
 
 
 @dataclass
@@ -40,6 +39,7 @@ class Parts:
     engines: Engines
     routes: RouteWatch
     spool: Spool
+    recent: Recent
     redactor: Redactor | None
     clock: HybridClock
     tally: Tally
@@ -69,11 +69,6 @@ class Parts:
         gateway = settings.gateway
         weights = {"regenerate": gateway.regenerate_weight, "copy": gateway.copy_weight, "edit": gateway.edit_weight}
         self.implicit_weights = {source: weight for source, weight in weights.items() if weight is not None}
-        # The keys of messages whose response has several choices, the last response to each prompt, what each score was
-        # on.
-        self.with_choices: Recent[None] = Recent(_REMEMBERED)
-        self.answered: Recent[str] = Recent(_REMEMBERED)
-        self.scored: Recent[str] = Recent(_REMEMBERED)
 
     async def caller(self, request: web.Request) -> Caller | None:
         """Who calls, by the API key; None without a valid one. Raises Refusal 503 while that cannot be known."""

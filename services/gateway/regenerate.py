@@ -28,8 +28,8 @@ def prompt_key(ask: Ask) -> str | None:
 
 
 def vote_on_earlier(key: str, response_id: str, rater: str | None, parts: Parts) -> None:
-    """Vote against the last answer to the prompt, where this gateway gave one. Nothing waits for it."""
-    if (earlier := parts.answered.get(key)) is None:
+    """Vote against the last answer to the prompt, where a gateway of this machine gave one. Nothing waits for it."""
+    if (earlier := parts.recent.get("prompt", key)) is None:
         return
     given = FeedbackGiven(
         feedback_id=f"{SOURCE}/{response_id}",

@@ -72,7 +72,7 @@ class Relay:
         waited_s = exchange.first_byte_s - exchange.started_s
         parts.tally.add(_first_byte_seconds(exchange.ask.endpoint, exchange.arm), waited_s)
         if self._is_captured and exchange.ask.choices > 1 and exchange.ask.message_id is not None:
-            parts.with_choices.put(exchange.key, None)
+            parts.recent.put("choices", exchange.key)
         if answer.is_stream:
             return await self._send_stream(answer)
         if self._is_logged:
@@ -119,7 +119,7 @@ class Relay:
         """Hand the response to the spool."""
         exchange, parts = self._exchange, self._parts
         if exchange.prompt_key is not None and not is_aborted:
-            parts.answered.put(exchange.prompt_key, exchange.response_id)
+            parts.recent.put("prompt", exchange.prompt_key, exchange.response_id)
         ended_s = time.monotonic()
 
         def build() -> NewRecord:

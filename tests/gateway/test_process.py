@@ -268,6 +268,7 @@ def is_running(pid: int) -> bool:
 @pytest.fixture
 def three(stub: Stub, tmp_path: Path) -> Iterator[Process]:
     environment = {"THUMBWHEEL_GATEWAY__PROCESSES": "3", "THUMBWHEEL_GATEWAY__TOKEN_SECRET": "secret"}
+    environment["THUMBWHEEL_GATEWAY__REGENERATE_WEIGHT"] = "0.2"
     started = Process(
         tmp_path,
         *("-m", "services.cli", "gateway"),
@@ -316,6 +317,31 @@ async def test_several_processes_share_the_ports_and_their_metrics(three: Proces
         assert await three.wait_until_ended() == 0
     assert len(read_spool(three.spool_path)[0]) == asked
     assert not list(three.spool_path.parent.glob("journal-*"))
+
+
+async def test_several_processes_share_what_they_remember(three: Process) -> None:
+    await three.wait_until_up()
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        scores = three.url + "/api/public/scores"
+        for n in range(12):  # 1 in 3 to the 12th, if the process had to be the same one
+            score = {"id": f"own-{n}", "traceId": f"message-{n}", "name": "user-feedback", "value": 1}
+            async with http.post(scores, json=score) as response:
+                assert response.status == 200
+            async with http.delete(f"{scores}/own-{n}") as response:
+                assert response.status == 202
+        for _ in range(12):
+            asked = HELLO | {"metadata": {"conversation_id": "c"}}
+            async with http.post(three.url + "/v1/chat/completions", json=asked) as response:
+                assert response.status == 200
+        three.child.send_signal(signal.SIGTERM)
+        assert await three.wait_until_ended() == 0
+    votes = read_spool(three.spool_path)[1]
+    scored = sorted((vote.message_id or "", vote.value) for vote in votes if vote.source == "langfuse")
+    assert scored == sorted((f"message-{n}", value) for n in range(12) for value in ("up", "retract"))
+    assert sum(vote.source == "regenerate" for vote in votes) == 11
 
 
 async def test_a_process_that_dies_is_started_again_and_all_end_with_the_first(three: Process) -> None:
