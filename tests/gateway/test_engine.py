@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,22 @@ def said(chunks: list[dict[str, Any]]) -> dict[str | int, Any]:
     return found
 
 
+async def said_by_both(
+    clients: tuple[openai.AsyncOpenAI, openai.AsyncOpenAI],
+    engine: RealEngine,
+    create: Callable[[openai.AsyncOpenAI], Callable[..., Any]],
+    **ask: Any,
+) -> list[dict[str | int, Any]]:
+    """What the engine says, asked directly and through the gateway."""
+    found: list[dict[str | int, Any]] = []
+    for client, model in zip(clients, (engine.base_name, "assistant"), strict=True):
+        # vLLM takes no n > 1 at temperature 0
+        answer = await create(client)(model=model, max_tokens=24, extra_body={"top_k": 1}, **ask)
+        chunks = [chunk async for chunk in answer] if "stream" in ask else [answer]
+        found.append(said([chunk.model_dump() for chunk in chunks]))
+    return found
+
+
 PARCEL: Any = {"type": "object", "properties": {"kind": {"enum": ["parcel", "letter"]}}, "required": ["kind"]}
 SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "order", "schema": PARCEL}}
 
@@ -73,13 +89,9 @@ async def test_vllm_answers_the_same_through_the_gateway(
     ask: dict[str, Any],
     stream: dict[str, Any],
 ) -> None:
-    greedy = {"top_k": 1}  # vLLM takes no n > 1 at temperature 0
-    answers: list[dict[str | int, Any]] = []
-    for client, model in zip(clients, (engine.base_name, "assistant"), strict=True):
-        answer = await client.chat.completions.create(
-            model=model, messages=MESSAGES, max_tokens=24, extra_body=greedy, **ask, **stream
-        )
-        answers.append(said([chunk.model_dump() async for chunk in answer] if stream else [answer.model_dump()]))
+    answers = await said_by_both(
+        clients, engine, lambda client: client.chat.completions.create, messages=MESSAGES, **ask, **stream
+    )
     assert answers[0] == answers[1]
     assert len(answers[0][0]["content"]) > 0
     assert answers[0][0]["ids"] == []
@@ -102,12 +114,9 @@ async def test_vllm_completes_the_same_through_the_gateway(
     ask: dict[str, Any],
     stream: dict[str, Any],
 ) -> None:
-    answers: list[dict[str | int, Any]] = []
-    for client, model in zip(clients, (engine.base_name, "assistant"), strict=True):
-        answer = await client.completions.create(
-            model=model, prompt="Where is my order?", max_tokens=24, extra_body={"top_k": 1}, **ask, **stream
-        )
-        answers.append(said([chunk.model_dump() async for chunk in answer] if stream else [answer.model_dump()]))
+    answers = await said_by_both(
+        clients, engine, lambda client: client.completions.create, prompt="Where is my order?", **ask, **stream
+    )
     assert answers[0] == answers[1]
     assert len(answers[0][0]["content"]) > 0
     if "echo" in ask:  # no example: the answer has the prompt in it
