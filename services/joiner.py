@@ -173,6 +173,7 @@ class Joiner:
                 result = "unavailable"
                 _say(exc)
                 stop.wait(RETRY_S)
+                self._look_at = 0.0  # it is said when they are back
             metrics.joiner_batches.labels(result).inc()
             self._next.clear()  # what was polled is not joined: every partition is sought anew
 
@@ -200,6 +201,8 @@ class Joiner:
             self._commit(consumer)
         if time.monotonic() > self._look_at:
             self._look_at = time.monotonic() + LOOK_EVERY_S
+            for part in ("log", "store"):
+                metrics.joiner_up.labels(part).set(1)
             if self._next and self._events.identity() != self._reader.log_id:
                 raise PositionMovedError("the log's topics were made anew")
 

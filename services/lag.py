@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from itertools import product
 
 from sqlalchemy import Engine
@@ -65,13 +66,9 @@ class Lag:
 
     def _look(self) -> None:
         while True:
-            for part, show in (("log", self._show_lag), ("store", self._show_waiting)):
-                try:
+            for show in (self._show_lag, self._show_waiting):
+                with suppress(LogUnavailableError, StoreUnavailableError):  # the join says so
                     show()
-                except (LogUnavailableError, StoreUnavailableError):  # which the join says
-                    metrics.joiner_up.labels(part).set(0)
-                else:
-                    metrics.joiner_up.labels(part).set(1)
             if self._stop.wait(LOOK_EVERY_S):
                 return
 

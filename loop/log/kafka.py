@@ -28,6 +28,7 @@ from kafka.errors import (
     RebalanceInProgressError,
     TopicAlreadyExistsError,
     UnknownMemberIdError,
+    UnsupportedCodecError,
     for_code,
 )
 from kafka.structs import OffsetAndMetadata
@@ -255,7 +256,7 @@ class KafkaGroupConsumer:
                 self._consumer._coordinator.request_rejoin()
             try:
                 polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
-            except CorruptRecordError as exc:
+            except (CorruptRecordError, UnsupportedCodecError) as exc:
                 polled = {}
                 self._leave_out(exc)
         return [
@@ -266,14 +267,16 @@ class KafkaGroupConsumer:
                 (found.key or b"").decode(errors="replace"),
                 found.value or b"",
                 found.timestamp,
-                {name: value.decode(errors="replace") for name, value in found.headers},
+                {name: (value or b"").decode(errors="replace") for name, value in found.headers},
             )
             for place, records in polled.items()
             for found in records
         ]
 
-    def _leave_out(self, exc: CorruptRecordError) -> None:
-        """Stop reading the partition whose bytes are broken on the broker's disk, so that the others go on."""
+    def _leave_out(self, exc: KafkaError) -> None:
+        """Stop reading the partition whose bytes are broken on the broker's disk, or packed as nobody here can unpack
+        them, so that the others go on.
+        """
         # kafka-python 3.0.12 keeps what it had fetched of it, and would spin on it for ever in its next poll.
         broken = self._consumer._fetcher._next_partition_records
         self._consumer._fetcher._next_partition_records = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Engine, Row, and_, func, select, tuple_, update
+from sqlalchemy import Column, ColumnElement, Engine, Row, and_, func, select, true, tuple_, update
 
 from loop.log import EventLog, NewRecord, RecordTooLargeError
 from loop.store.engine import write
@@ -15,7 +16,7 @@ from loop.store.schema import IS_UNSENT, dead_letters
 
 logger = logging.getLogger("thumbwheel.joiner")
 
-PAGE = 500
+PAGE, PAGE_BYTES = 500, 8 << 20
 SUFFIX = ".dlt"
 _columns = dead_letters.c
 _place = (_columns.topic, _columns.partition, _columns.offset, _columns.log_id)
@@ -68,23 +69,10 @@ def count_unsent(engine: Engine) -> int:
 def send_dead_letters(engine: Engine, log: EventLog, chosen: Chosen) -> int:
     """Send those that wait; returns how many. Killed in between, it sends some twice, loses none.
 
-    Headers say where a letter was: `thumbwheel-topic`, `-partition`, `-offset` and `-reason`. One that the log does not
-    take, as it is too large with these, stays in the store alone. Raises LogUnavailableError, and what the store
-    raises.
+    Headers say where a letter was: `thumbwheel-topic`, `-partition`, `-offset` and `-reason`. Raises
+    LogUnavailableError, and what the store raises.
     """
-
-    def append(letters: list[NewRecord]) -> None:
-        try:
-            log.append(letters)
-        except RecordTooLargeError as exc:
-            if len(letters) > 1:
-                for letter in letters:
-                    append([letter])
-                return
-            place = {name: letters[0].headers[f"thumbwheel-{name}"] for name in ("topic", "partition", "offset")}
-            logger.error("dead letter not sent: %s", exc, extra={"action": "dead_letter_too_large", **place})
-
-    return _append_and_mark(engine, append, _columns.sent, chosen.condition(), _letter)
+    return _append_and_mark(engine, log, _columns.sent, chosen.condition(), _letter)
 
 
 def replay_dead_letters(engine: Engine, log: EventLog, chosen: Chosen) -> int:
@@ -100,7 +88,7 @@ def replay_dead_letters(engine: Engine, log: EventLog, chosen: Chosen) -> int:
     return sum(
         _append_and_mark(
             engine,
-            log.append,
+            log,
             _columns.replayed,
             and_(
                 chosen.condition(),
@@ -125,21 +113,46 @@ def _letter(row: Row[Any]) -> NewRecord:
 
 def _append_and_mark(
     engine: Engine,
-    append: Callable[[list[NewRecord]], None],
+    log: EventLog,
     mark: Column[bool],
     condition: ColumnElement[bool],
     make: Callable[[Row[Any]], NewRecord],
 ) -> int:
-    """Page by page, append a record for each row that is not marked yet, then mark it: in this order, to lose none."""
-    query = select(dead_letters).where(mark.is_(False), condition).order_by(*_place).limit(PAGE)
-    done = 0
+    """Page by page, append a record for each row that is not marked yet, then mark it: in this order, to lose none.
+
+    One that the log does not take, for it is too large, stays as it is, and stops no other.
+    """
+    query = select(*_place, func.length(_columns.value)).where(mark.is_(False), condition).order_by(*_place)
+    done, after = 0, None
     while True:
+        behind = true() if after is None else tuple_(*_place) > after
         with engine.connect() as connection:
-            rows = connection.execute(query).all()
-        if not rows:
+            places = _first_of(connection.execute(query.where(behind).limit(PAGE)).all())
+            rows = connection.execute(select(dead_letters).where(tuple_(*_place).in_(places)).order_by(*_place)).all()
+        if not places:
             return done
-        append([make(row) for row in rows])
+        after = places[-1]
+        refused = set(_append(log, [make(row) for row in rows]))
+        taken = [(row.topic, row.partition, row.offset, row.log_id) for n, row in enumerate(rows) if n not in refused]
         with write(engine) as connection:
-            places = [(row.topic, row.partition, row.offset, row.log_id) for row in rows]
-            connection.execute(update(dead_letters).where(tuple_(*_place).in_(places)).values({mark: True}))
-        done += len(rows)
+            connection.execute(update(dead_letters).where(tuple_(*_place).in_(taken)).values({mark: True}))
+        done += len(taken)
+
+
+def _first_of(rows: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """The places of so many of these (*place, size) as have PAGE_BYTES together; one at the least."""
+    ends = accumulate(row[-1] for row in rows)
+    return [tuple(row[:-1]) for n, (row, end) in enumerate(zip(rows, ends, strict=True)) if n == 0 or end <= PAGE_BYTES]
+
+
+def _append(log: EventLog, letters: Sequence[NewRecord], first: int = 0) -> list[int]:
+    """Append them; returns the numbers of those that are too large, counted from `first`."""
+    try:
+        log.append(letters)
+    except RecordTooLargeError as exc:
+        if len(letters) > 1:
+            return [n for i, letter in enumerate(letters) for n in _append(log, [letter], i)]
+        action = {"action": "dead_letter_too_large", "topic": letters[0].topic, **letters[0].headers}
+        logger.error("a dead letter stays in the store: %s", exc, extra=action)
+        return [first]
+    return []

@@ -36,11 +36,12 @@ _LOCAL_SETTINGS = text(
     f"SELECT set_config('idle_in_transaction_session_timeout', '{IDLE_IN_TRANSACTION_S * 1000:.0f}', true),"
     " set_config('default_toast_compression', 'lz4', true)"
 )
-# `state_change` is when the server last heard a message, whatever came of it.
+# `state_change` is when the server last began with a message; who reads no answer is waited for too.
 _END_STOPPED = text(
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
     f" AND application_name = '{APPLICATION}' AND pid <> pg_backend_pid() AND state = 'active'"
-    f" AND wait_event = 'ClientRead' AND state_change < now() - interval '{IDLE_IN_TRANSACTION_S} s'"
+    f" AND wait_event IN ('ClientRead', 'ClientWrite') AND state_change < now() - interval '{IDLE_IN_TRANSACTION_S} s'"
+    " AND pid IN (SELECT pid FROM pg_locks WHERE granted AND relation = 'positions'::regclass)"
 )
 _SCHEMA_LOCK = 0x7468756D62  # any constant will do; "thumb"
 _WRITES = "thumbwheel_writes"
@@ -104,8 +105,9 @@ def write(engine: Engine) -> Iterator[Connection]:
 
 
 def end_stopped(engine: Engine) -> int:
-    """End the transactions whose process has said nothing for IDLE_IN_TRANSACTION_S in the middle of a statement, or
-    between two of a pipeline: Postgres' own limit does not count there. Returns how many.
+    """End the transactions that hold positions and whose process was not heard of for IDLE_IN_TRANSACTION_S in the
+    middle of a statement, of its answer, or between two of a pipeline: Postgres' own limit does not count there.
+    Returns how many.
     """
     if engine.dialect.name == "sqlite":
         return 0  # its locks are the file's, and who waits for one gets an error

@@ -29,11 +29,11 @@ def retire_votes(engine: Engine, before_ms: int, stop: threading.Event) -> int:
 
 
 def retire_letters(engine: Engine, before_ms: int, stop: threading.Event) -> int:
-    """Delete the dead letters from before that time (Unix ms) that their `.dlt` has; returns how many it was. Raises
-    what SQLAlchemy raises.
+    """Delete the dead letters from before that time (Unix ms); returns how many it was. Raises what SQLAlchemy
+    raises.
     """
     place = tuple(dead_letters.primary_key)
-    page = select(*place).where(dead_letters.c.sent, dead_letters.c.at_ms < before_ms).limit(ROWS)
+    page = select(*place).where(dead_letters.c.at_ms < before_ms).limit(ROWS)
     return _delete_by_page(engine, dead_letters, place, page, stop)
 
 

@@ -3,6 +3,7 @@
 python -m tests.joiner.stopping copy        in the first COPY
 python -m tests.joiner.stopping positions   when it has moved its positions, before anything else
 python -m tests.joiner.stopping votes       behind them, between two rows of votes in a pipeline
+python -m tests.joiner.stopping answer      behind them, while the server sends what was asked of it
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def main(point: str) -> None:
 
     def stopping_execute(self: PostgresBulk, sql: str, *values: Any) -> int:
         done = execute(self, sql, *values)
+        if sql.startswith("UPDATE positions") and point == "answer" and _left:
+            self._cursor.connection.pgconn.send_query(b"SELECT repeat('x', 100000000)")
         if sql.startswith("UPDATE positions"):
             _stop()
         return done

@@ -390,9 +390,12 @@ def test_a_second_group_on_another_number_of_partitions_comes_to_the_same(
     assert stores[0] == stores[1] == examples_of(events, RESPONSES)
 
 
-@pytest.mark.parametrize("point", ["copy", "positions", "votes"])
+@pytest.mark.parametrize(
+    ("point", "result"),
+    [("copy", "moved"), ("positions", "unavailable"), ("votes", "unavailable"), ("answer", "unavailable")],
+)
 def test_a_zombie_blocks_nobody_and_changes_nothing(
-    start: Start, apache_kafka: RealKafka, postgres: RealPostgres, point: str
+    start: Start, apache_kafka: RealKafka, postgres: RealPostgres, point: str, result: str
 ) -> None:
     settings = Settings(log=apache_kafka.settings(), store=postgres.new_store())
     log, store = open_log(settings.log), open_store(settings.store)
@@ -413,7 +416,7 @@ def test_a_zombie_blocks_nobody_and_changes_nothing(
     joined = examples_in(store)
     assert joined == examples_of(events[:300], settings.log.responses_topic)
     zombie.process.send_signal(signal.SIGCONT)
-    wait_until(lambda: zombie.metric('thumbwheel_joiner_batches_total{result="unavailable"}') >= 1, "refused")
+    wait_until(lambda: zombie.metric(f'thumbwheel_joiner_batches_total{{result="{result}"}}') >= 1, "refused")
     assert examples_in(store) == joined
     assert heir.signal(signal.SIGTERM) == 0
     log.append(events[300:])

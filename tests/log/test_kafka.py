@@ -13,7 +13,7 @@ import pytest
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.admin import ConfigResource
 
-from loop.log import LogUnavailableError, NewRecord, RecordTooLargeError
+from loop.log import LogUnavailableError, NewRecord, Record, RecordTooLargeError
 from loop.log.kafka import KafkaLog
 from loop.log.open import open_log
 from loop.log.partition import partition_of
@@ -110,6 +110,39 @@ def test_a_topic_that_promises_less_than_we_count_on_is_warned_of(
     admin.alter_configs([config])
     open_log(settings).close()
     assert warned_of() == []
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+def test_what_is_packed_by_the_brokers_or_other_producers_is_read(
+    apache_kafka: RealKafka, apache_home: Path, admin: Any, codec: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "Send.java"
+    program.write_text(
+        """import org.apache.kafka.clients.producer.*; import org.apache.kafka.common.serialization.StringSerializer;
+        public class Send { public static void main(String[] args) {
+        java.util.Map<String, Object> how = java.util.Map.of("bootstrap.servers", args[0], "compression.type", args[2]);
+        try (var producer = new KafkaProducer<>(how, new StringSerializer(), new StringSerializer())) {
+        for (int n = 0; n < 50; n++) {
+        var record = new ProducerRecord<>(args[1], "k", ("" + n).repeat(50));
+        record.headers().add("nothing", null).add("h", "v".getBytes());
+        producer.send(record); } } } }"""
+    )
+    settings = apache_kafka.settings(partitions=1)
+    log = open_log(settings)
+    topic = settings.responses_topic
+    admin.alter_configs([ConfigResource("TOPIC", topic, {"compression.type": codec})])
+    command = ["java", "-cp", f"{apache_home}/libs/*", str(program), apache_kafka.server, topic, codec]
+    subprocess.run(command, check=True, capture_output=True, timeout=START_S)
+    sent = [str(n).encode() * 50 for n in range(100)]
+    log.append([NewRecord(topic, "k", value) for value in sent[50:]])
+    consumer = log.consumer(codec, [topic])
+    found: list[Record] = []
+    while len(found) < len(sent):
+        found += consumer.poll(100, 0.2)
+    assert [record.value for record in found] == sent
+    assert found[0].headers == {"nothing": "", "h": "v"}
+    consumer.close()
+    log.close()
 
 
 def test_topics_of_unequal_partition_counts_are_refused(apache_kafka: RealKafka, admin: Any) -> None:

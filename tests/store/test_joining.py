@@ -26,6 +26,7 @@ from loop.store.bulk import ROWS_PER_STATEMENT, open_bulk
 from loop.store.dead_letters import (
     Chosen,
     count_dead_letters,
+    count_unsent,
     list_dead_letters,
     replay_dead_letters,
     send_dead_letters,
@@ -241,6 +242,20 @@ class Outbox:
         self.records += records
 
 
+def test_letters_are_read_some_megabytes_at_a_time(store: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loop.store.dead_letters.PAGE_BYTES", 250)
+    apply(store, READER, batch_of(*(NewRecord(RESPONSES, "k", b"x" * size) for size in (100, 100, 100, 400, 1))), {})
+    sizes: list[list[int]] = []
+
+    class Counted(Outbox):
+        def append(self, records: Any) -> None:
+            sizes.append([len(record.value) for record in records])
+
+    counted: Any = Counted()
+    assert send_dead_letters(store, counted, Chosen([RESPONSES])) == 5
+    assert sizes == [[100, 100], [100], [400], [1]]
+
+
 def test_dead_letters_are_sent_once_with_where_they_were(store: Engine) -> None:
     broken = NewRecord(RESPONSES, "k\0", b"\x00{", {})
     apply(store, READER, batch_of(broken, response(ID)), {})
@@ -264,11 +279,16 @@ def test_a_dead_letter_that_the_log_does_not_take_stops_no_other_and_stays_in_th
     broken = [NewRecord(RESPONSES, "k", value, {}) for value in (b"{1", b"x" * 500, b"{3")]
     apply(store, READER, batch_of(*broken), {})
     outbox: Any = Outbox(most_bytes=100)
-    assert send_dead_letters(store, outbox, Chosen([RESPONSES], 0)) == 3
+    assert send_dead_letters(store, outbox, Chosen([RESPONSES], 0)) == 2
     assert [record.value for record in outbox.records] == [b"{1", b"{3"]
     (said,) = caplog.records
-    assert (said.action, said.topic, said.offset) == ("dead_letter_too_large", RESPONSES, "1")  # type: ignore[attr-defined]
-    assert send_dead_letters(store, outbox, Chosen([RESPONSES], 0)) == 0
+    place = said.action, getattr(said, "thumbwheel-topic"), getattr(said, "thumbwheel-offset")  # type: ignore[attr-defined]
+    assert place == ("dead_letter_too_large", RESPONSES, "1")
+    assert (send_dead_letters(store, outbox, ALL), count_unsent(store)) == (0, 1)
+    assert replay_dead_letters(store, outbox, ALL) == 2
+    assert [letter["offset"] for letter in list_dead_letters(store, ALL, 9)] == [1]
+    outbox.most_bytes = 1_000  # after a fix
+    assert (send_dead_letters(store, outbox, ALL), replay_dead_letters(store, outbox, ALL)) == (1, 1)
     with store.connect() as connection:
         assert b"x" * 500 in {bytes(value) for value in connection.execute(select(dead_letters.c.value)).scalars()}
 
