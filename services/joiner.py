@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,7 @@ from loop.store.joining import (
     Span,
     apply,
     prepare,
+    start_over,
     start_positions,
 )
 from services.lag import LOOK_EVERY_S, Lag
@@ -261,13 +262,33 @@ class Joiner:
         """
         records: list[Record] = []
         ends: dict[int, list[int]] = {}
+        behind: dict[tuple[str, int], int] = {}
         for (topic, partition), run in groupby(polled, key=attrgetter("topic", "partition")):
             start, n = self._next.get(partition), self._topics.index(topic)
             ours = [record for record in run if start is not None and record.offset >= start[n]]
             if start is not None and ours:
                 records += ours
                 ends.setdefault(partition, list(start))[n] = ours[-1].offset + 1
+            elif start is not None:
+                behind[topic, partition] = start[n]
+        if behind:
+            self._start_over(behind)
         return records, {partition: (self._next[partition], Offsets(*end)) for partition, end in ends.items()}
+
+    def _start_over(self, behind: Mapping[tuple[str, int], int]) -> None:
+        """What these places gave lies before where we read on. After a rebalance that gave them back to us, they are to
+        be sought again. But where the log ends before that, brokers have lost what we have joined, and give its offsets
+        to others: such partitions are read from their beginning. Raises PositionMovedError.
+        """
+        topics = {topic for topic, _ in behind}
+        ends = {(topic, n): end for topic in topics for n, end in self._events.end_offsets(topic).items()}
+        cut = sorted({place[1] for place, next_ in behind.items() if ends.get(place, next_) < next_})
+        self._finish()
+        if cut:
+            start_over(self._store, self._reader, cut)
+            message = "the log ends before what was joined: partitions %s are read from their beginning"
+            log.error(message, cut, extra={"action": "joiner_log_cut", "partitions": cut})
+        raise PositionMovedError(f"partitions {sorted({n for _, n in behind})} were read from before their positions")
 
     def _resize(self, events: int, seconds: float) -> None:
         """On SQLite, where writers take turns, find the batch that is joined in SQLITE_TRANSACTION_S."""

@@ -161,6 +161,16 @@ def start_positions(engine: Engine, reader: Reader, partitions: Iterable[int]) -
     return {partition: found[partition] for partition in wanted}
 
 
+def start_over(engine: Engine, reader: Reader, partitions: Iterable[int]) -> None:
+    """Have the reader begin anew in these partitions. Raises StoreUnavailableError."""
+    with reaching(engine), write(engine) as connection:
+        open_bulk(connection).execute(
+            "UPDATE positions SET responses_next = 0, feedback_next = 0"
+            " WHERE consumer_group = ? AND partition IN ?? AND log_id = ?",
+            *(reader.group, set(partitions), reader.log_id),
+        )
+
+
 def read_positions(engine: Engine, reader: Reader) -> dict[int, Offsets]:
     """Where the reader stands in each partition that it ever had; changes nothing, unlike `start_positions`."""
     columns = positions.c.partition, positions.c.responses_next, positions.c.feedback_next

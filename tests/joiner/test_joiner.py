@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from kafka import KafkaAdminClient
 from pydantic import SecretStr
-from sqlalchemy import Engine
+from sqlalchemy import Engine, update
 
 from loop.log import NewRecord
 from loop.log.kafka import SESSION_TIMEOUT_S
@@ -30,6 +30,7 @@ from loop.log.open import open_log
 from loop.settings import JoinerSettings, LogSettings, Settings, StoreSettings
 from loop.store import open_store, write
 from loop.store.engine import IDLE_IN_TRANSACTION_S
+from loop.store.schema import positions
 from services.joiner import Joiner
 from tests.conftest import wait_until
 from tests.join.joined import examples_in, is_joined, told
@@ -364,6 +365,31 @@ def test_topics_made_anew_are_joined_from_their_beginning(
     joiner.process.send_signal(signal.SIGCONT)
     wait_until(lambda: is_joined(store, log, settings), "joined what is in the new ones")
     assert examples_in(store) == examples_of(events, settings.log.responses_topic)
+    assert joiner.signal(signal.SIGTERM) == 0
+    log.close()
+    store.dispose()
+
+
+def test_a_log_that_lost_what_was_joined_is_joined_from_its_beginning(
+    start: Start, apache_kafka: RealKafka, tmp_path: Path
+) -> None:
+    log_settings = apache_kafka.settings(partitions=2)
+    settings = embedded(tmp_path).model_copy(update={"log": log_settings})
+    log, store = open_log(settings.log), open_store(settings.store)
+    events = on_topics_of(settings, colliding_events(29, 300))
+    joiner = start(settings)
+    log.append(events[:100])
+    wait_until(lambda: is_joined(store, log, settings), "joined")
+    assert joiner.signal(signal.SIGTERM) == 0
+    # As if there had been more, joined and then lost by the brokers with their machine.
+    with write(store) as connection:
+        moved = {positions.c.responses_next: positions.c.responses_next + 1_000}
+        connection.execute(update(positions).where(positions.c.partition == 0).values(moved))
+    joiner.start()
+    log.append(events[100:])
+    wait_until(lambda: is_joined(store, log, settings), "joined")
+    assert examples_in(store) == examples_of(events, settings.log.responses_topic)
+    assert "partitions [0] are read from their beginning" in joiner.actions()
     assert joiner.signal(signal.SIGTERM) == 0
     log.close()
     store.dispose()
