@@ -125,6 +125,7 @@ class Joiner:
         self._reader = Reader(settings.joiner.group, "")
         self._next: dict[int, Offsets] = {}  # where we read on
         self._joined: dict[int, Offsets] = {}  # what the store has; behind `_next` by the batch in hand
+        self._read_to: dict[tuple[str, int], int] = {}
         self._in_hand: InHand | None = None
         self._owned: set[int] = set()
         self._lag = Lag(self._topics, store, events, lambda: self.positions)
@@ -138,7 +139,19 @@ class Joiner:
     def positions(self) -> dict[tuple[str, int], int]:
         """The next offset of each topic's partition that is ours, as joined and committed."""
         joined = list(self._joined.items())
-        return {(topic, n): next_ for n, offsets in joined for topic, next_ in self._by_topic(offsets)}
+        places = {(topic, n): next_ for n, offsets in joined for topic, next_ in self._by_topic(offsets)}
+        return {place: max(next_, self._read_to.get(place, 0)) for place, next_ in places.items()}
+
+    def _see_read(self, consumer: Consumer) -> None:
+        """Where all that was read is joined, see how far that is: behind the last record there may be offsets that no
+        record has (a transaction's end), or none any more (by retention). They would count as lag for ever.
+        """
+        self._read_to = {
+            (topic, n): consumer.position(topic, n)
+            for n, offsets in self._joined.items()
+            if self._next.get(n) == offsets
+            for topic in self._topics
+        }
 
     def _by_topic(self, offsets: Offsets) -> Iterable[tuple[str, int]]:
         return zip(self._topics, offsets, strict=True)
@@ -202,6 +215,7 @@ class Joiner:
             self._commit(consumer)
         if time.monotonic() > self._look_at:
             self._look_at = time.monotonic() + LOOK_EVERY_S
+            self._see_read(consumer)
             for part in ("log", "store"):
                 metrics.joiner_up.labels(part).set(1)
             if self._next and self._events.identity() != self._reader.log_id:

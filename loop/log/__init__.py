@@ -44,6 +44,9 @@ class Consumer(Protocol):
     def seek(self, topic: str, partition: int, offset: int) -> None:
         """Read on at `offset`; nothing to do for a partition that is not ours any more, as the next poll says."""
 
+    def position(self, topic: str, partition: int) -> int:
+        """Where the next poll reads on: behind offsets that no record has, or none any more, where that is known."""
+
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         """The next records of the assigned partitions, in order within each; empty after `timeout_s`.
 

@@ -50,6 +50,10 @@ class GroupConsumer:
         self._next[topic, partition] = offset
         self._idle_version = -1
 
+    def position(self, topic: str, partition: int) -> int:
+        """Where the next poll reads on."""
+        return self._next[topic, partition]
+
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         """The next records of the owned partitions, in order within each; empty after `timeout_s`.
 

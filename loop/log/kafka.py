@@ -21,6 +21,7 @@ from kafka.errors import (
     CommitFailedError,
     CorruptRecordError,
     IllegalGenerationError,
+    IllegalStateError,
     KafkaError,
     LeaderNotAvailableError,
     MessageSizeTooLargeError,
@@ -244,6 +245,14 @@ class KafkaGroupConsumer:
         """
         with suppress(ValueError, KeyError):
             self._consumer.seek(TopicPartition(topic, partition), offset)
+
+    def position(self, topic: str, partition: int) -> int:
+        """Where the next poll reads on: behind offsets that no record has, or none any more. 0 for a partition that is
+        not ours any more. Raises LogUnavailableError.
+        """
+        with translated(self._servers), suppress(IllegalStateError):
+            return self._consumer.position(TopicPartition(topic, partition), timeout_ms=0) or 0
+        return 0
 
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         """The next records of the owned partitions, in order within each; empty after `timeout_s`, and while the

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from pydantic import SecretStr
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine, func, select, update
 
 from loop.log import NewRecord
 from loop.log.kafka import SESSION_TIMEOUT_S
@@ -30,7 +30,7 @@ from loop.log.open import open_log
 from loop.settings import JoinerSettings, LogSettings, Settings, StoreSettings
 from loop.store import open_store, write
 from loop.store.engine import IDLE_IN_TRANSACTION_S
-from loop.store.schema import positions
+from loop.store.schema import positions, response_index
 from services.joiner import Joiner
 from tests.conftest import wait_until
 from tests.join.joined import examples_in, is_joined, told
@@ -233,6 +233,38 @@ def test_how_far_it_is_behind_is_shown_while_the_store_holds_it_up(start: Start,
         wait_until(lambda: joiner.metrics(*shown)["lag_seconds{"] > 0, "shown for how long")
     wait_until(lambda: joiner.metrics(*shown) == dict.fromkeys(shown, 0), "shown as joined again")
     assert len(examples_in(store)) == 40
+    assert joiner.signal(signal.SIGTERM) == 0
+    log.close()
+    store.dispose()
+
+
+def test_offsets_that_no_record_has_are_no_lag(start: Start, apache_kafka: RealKafka, tmp_path: Path) -> None:
+    settings = embedded(tmp_path).model_copy(update={"log": apache_kafka.settings(partitions=2)})
+    log, store = open_log(settings.log), open_store(settings.store)
+    topic = settings.log.responses_topic
+    ids = [response_id(f"{n:016x}", 1) for n in range(40)]
+    log.append([response(id)._replace(topic=topic) for id in ids[:20]])
+    admin = KafkaAdminClient(bootstrap_servers=[apache_kafka.server])
+    ends = {TopicPartition(topic, n): end for n, end in log.end_offsets(topic).items()}
+    admin.delete_records(ends)  # as retention does
+    admin.close()
+    producer = KafkaProducer(bootstrap_servers=[apache_kafka.server], transactional_id=topic)
+    producer.init_transactions()
+    producer.begin_transaction()
+    for id in ids[20:]:
+        record = response(id)
+        producer.send(topic, key=record.key.encode(), value=record.value)
+    producer.commit_transaction()  # whose marker takes an offset
+    producer.close()
+    joiner = start(settings)
+
+    def joined() -> int:
+        with store.connect() as connection:
+            return connection.execute(select(func.count()).select_from(response_index)).scalar_one()
+
+    wait_until(lambda: joined() == 20, "joined")
+    shown = "lag_records{", "lag_seconds{"
+    wait_until(lambda: joiner.metrics(*shown) == dict.fromkeys(shown, 0), "shown as joined")
     assert joiner.signal(signal.SIGTERM) == 0
     log.close()
     store.dispose()
