@@ -218,7 +218,7 @@ class Joiner:
             self._see_read(consumer)
             for part in ("log", "store"):
                 metrics.joiner_up.labels(part).set(1)
-            if self._next and self._events.identity() != self._reader.log_id:
+            if self._next and self._lag.log_id not in (None, self._reader.log_id):
                 raise PositionMovedError("the log's topics were made anew")
 
     def _checkpoint(self, joined: int) -> None:
@@ -259,7 +259,7 @@ class Joiner:
         if not new:
             return
         self._finish()
-        self._reader = Reader(self._settings.group, self._events.identity())
+        self._reader, self._lag.log_id = Reader(self._settings.group, self._events.identity()), None
         for partition, offsets in start_positions(self._store, self._reader, new).items():
             for topic, offset in self._by_topic(offsets):
                 consumer.seek(topic, partition, offset)

@@ -34,6 +34,8 @@ class Lag:
     ) -> None:
         """`positions` is asked for the next offset of each of our partitions, as joined."""
         self._topics, self._store, self._events, self._positions = topics, store, events, positions
+        self.log_id: str | None = None
+        """The log's identity, as of the last look: the join need not wait for who is asked."""
         self._lock = threading.Lock()
         self._owned: set[int] = set()
         self._current_at: dict[Place, float] = {}  # what came before this (Unix seconds) is joined
@@ -80,6 +82,7 @@ class Lag:
             metrics.joiner_unsent_dead_letters.set(count_unsent(self._store))
 
     def _show_lag(self) -> None:
+        self.log_id = self._events.identity()
         now = time.time()
         ends = {(topic, n): end for topic in self._topics for n, end in self._events.end_offsets(topic).items()}
         with self._lock:
