@@ -98,6 +98,10 @@ async def poll(settings: OpenWebuiSettings) -> dict[str, int]:
             batch = new[start : start + BATCH]
             sent = [(rating, vote) for rating in batch if (vote := to_vote(rating)) is not None]
             results = await _vote(http, settings, [vote for _, vote in sent]) if sent else []
+            if {401, 403}.intersection(results):  # nothing is wrong with the ratings
+                raise ConnectionError(
+                    "the gateway takes no votes with open_webui.api_key; give one with the scope feedback"
+                )
             late = [rating for (rating, _), status in zip(sent, results, strict=True) if status == 429]
             refused += sum(status not in (202, 429) for status in results)
             if done := batch[: batch.index(late[0])] if late else batch:

@@ -204,7 +204,7 @@ def _dump(chunk: dict[str, Any] | None, body: dict[str, Any], is_chat: bool) -> 
 def _chunk_bodies(body: dict[str, Any], is_chat: bool) -> Iterator[dict[str, Any] | None]:
     """The stream's chunks; None for a token that makes none."""
     with_ids = bool(body.get("return_token_ids"))
-    n = body.get("n", 1)
+    n = int(body.get("n", 1))
     prompt_ids = PROMPT_IDS if with_ids else None
     if is_chat:
         for index in range(n):
@@ -253,7 +253,7 @@ def _whole(body: dict[str, Any], request_id: str, is_chat: bool) -> bytes:
     text = "".join(_words(body))
     deltas = list(_deltas(body, is_chat))
     choices = []
-    for index in range(body.get("n", 1)):
+    for index in range(int(body.get("n", 1))):
         ids = [at + 10 * index for at in range(len(deltas))] if with_ids else None
         logprobs = _logprob(text, is_chat) if body.get("logprobs") else None
         tail = {"stop_reason": None, "token_ids": ids}

@@ -120,7 +120,7 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
         is_stored=is_stored,
         size=len(body),
         is_conversation_named=conversation_id is not None,
-        choices=choices if isinstance(choices, int) else 1,
+        choices=_whole(choices),
         trace=read_trace(headers).get("traceparent"),
         params={name: value for name, value in fields.items() if name not in _NOT_PARAMS},
     )
@@ -151,6 +151,14 @@ def read_model(fields: Mapping[str, Raw]) -> str | None:
     if model is None or isinstance(model, str):
         return model
     raise Refusal(400, f"model is {str(model)[:80]}; expected a string", param="model")
+
+
+def _whole(number: Any) -> int:
+    """The number as vLLM reads it, from text and from 2.0 too; 1 for what it refuses."""
+    try:
+        return msgspec.convert(number, int, strict=False)
+    except msgspec.ValidationError:
+        return 1
 
 
 def _value(fields: Mapping[str, Raw], name: str) -> Any:

@@ -222,7 +222,7 @@ def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> Fee
         has_several = has_several_choices(response_id)
     elif vote.message_id is not None:
         message_id = fitting_id(vote.message_id)
-        has_several = parts.recent.get("choices", key_of_message_id(message_id)) is not None
+        has_several = (parts.recent.get("choices", key_of_message_id(message_id)) or "1") != "1"
     else:
         raise Refusal(422, "the vote names no response; give response_id, message_id or token", param="response_id")
     if vote.choice_index is None and has_several:

@@ -41,6 +41,7 @@ SOURCE = "langfuse"
 _RESPONSE_ID = re.compile(r"(?:chatcmpl|cmpl)-[0-9a-f]{16}-[0-9a-f-]{36}")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _TRACE_AT_END = re.compile(rf"-({_RESPONSE_ID.pattern}|{_DIGEST.pattern})\Z")
+_NO_THUMB = ""  # in place of the trace id
 _NO_VALUES = {"TEXT", "CORRECTION"}  # data types that say nothing of good or bad
 
 
@@ -102,6 +103,8 @@ async def delete_score(request: web.Request) -> web.Response:
     await parts.check_key(request, "feedback")
     score_id = request.match_info["score_id"]
     trace_id = parts.recent.get("score", score_id)
+    if trace_id == _NO_THUMB:
+        return answer(202, {"message": "it was no thumb"})
     if trace_id is None and (match := _TRACE_AT_END.search(score_id)):
         trace_id = match.group(1)
     if trace_id is None:
@@ -159,6 +162,7 @@ def take_score(raw: bytes | Raw, event_id: str | None, parts: Parts) -> tuple[Sc
         score = _read(_score, raw)
         value = value_of(score, parts.langfuse)
         if value is None:
+            parts.recent.put("score", _id_of(score), _NO_THUMB)
             return score, None
         if score.trace_id is None:
             raise Refusal(

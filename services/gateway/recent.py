@@ -12,28 +12,32 @@ import os
 import struct
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-SLOTS = 1 << 16
+SLOTS = 1 << 16  # of each kind
 SLOT_BYTES = 384
 RECENT = "recent.bin"  # beside the log's file
 _HEAD = struct.Struct("<8sH")  # the checksum of key and value; the value's size
 Kind = Literal["score", "prompt", "choices"]
+KINDS = get_args(Kind)
 
 _log = logging.getLogger(__name__)
 
 
 class Recent:
-    """Texts of up to 374 bytes under keys, some 65,000 of them together."""
+    """Texts of up to 374 bytes under keys, some 65,000 of each kind."""
 
     def __init__(self, path: Path) -> None:
         """Without room on the disk, what is remembered is this process's alone."""
-        size = SLOTS * SLOT_BYTES
+        size = len(KINDS) * SLOTS * SLOT_BYTES
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(file, 0, size)  # now: where a disk is full, writing to its memory would be a SIGBUS
                 self._memory = mmap.mmap(file, size)
+            except OSError:
+                path.unlink()
+                raise
             finally:
                 os.close(file)
         except OSError as exc:
@@ -66,13 +70,13 @@ def forget_recent(path: Path) -> bool:
     if not path.exists():
         return False
     with path.open("r+b") as file:
-        file.write(bytes(SLOTS * SLOT_BYTES))
+        file.write(bytes(len(KINDS) * SLOTS * SLOT_BYTES))
     return True
 
 
 def _place(kind: Kind, key: str) -> tuple[bytes, int]:
     digest = blake2b(f"{kind}\0{key}".encode(errors="surrogatepass"), digest_size=16).digest()
-    return digest, int.from_bytes(digest[:4]) % SLOTS * SLOT_BYTES
+    return digest, (KINDS.index(kind) * SLOTS + int.from_bytes(digest[:4]) % SLOTS) * SLOT_BYTES
 
 
 def _checksum(digest: bytes, text: bytes) -> bytes:

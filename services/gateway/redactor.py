@@ -105,11 +105,11 @@ class Redactor:
 
     async def _start(self) -> None:
         """A child that is ready: it answers an empty event. Raises RedactionError."""
-        self._child = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE)
         try:
+            self._child = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE)
             async with asyncio.timeout(START_TIMEOUT_S):
                 await self._exchange(b"")
-        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as exc:
+        except (OSError, asyncio.IncompleteReadError) as exc:  # there may be no room for a process
             await self._end_child()
             raise RedactionError("the redactor does not start; its own message is in the gateway's log") from exc
 

@@ -10,7 +10,6 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from aiohttp import web
 from multidict import CIMultiDict
@@ -71,8 +70,11 @@ class Relay:
         exchange.first_byte_s = time.monotonic()
         waited_s = exchange.first_byte_s - exchange.started_s
         parts.tally.add(_first_byte_seconds(exchange.ask.endpoint, exchange.arm), waited_s)
-        if self._is_captured and exchange.ask.choices > 1 and exchange.ask.message_id is not None:
-            parts.recent.put("choices", exchange.key)
+        if self._is_captured and exchange.ask.message_id is not None:
+            count = str(exchange.ask.choices)
+            # One is what is taken for granted, but for a message that had several before.
+            if count != (parts.recent.get("choices", exchange.key) or "1"):
+                parts.recent.put("choices", exchange.key, count)
         if answer.is_stream:
             return await self._send_stream(answer)
         if self._is_logged:
@@ -81,10 +83,20 @@ class Relay:
         response = web.Response(body=self._rename.answer(answer.first), status=answer.status, headers=self._headers)
         if parts.is_draining:
             response.force_close()
-        with suppress(ConnectionError):  # the client has left
-            await response.prepare(self._request)
-            await response.write_eof()  # now, while aiohttp would do it behind all of our accounts
+        await self._end(response, answer)  # now, while aiohttp would do it behind all of our accounts
         return response
+
+    async def _end(self, response: web.StreamResponse, answer: Answer, rest: bytes = b"") -> None:
+        """Send what there is still to be sent, to who reads it in time."""
+        try:
+            async with asyncio.timeout_at(answer.deadline_s):
+                await response.prepare(self._request)
+                await response.write_eof(rest)
+        except ConnectionError:  # the client has left, maybe with everything but the end
+            pass
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()  # to close it would wait for the client
 
     async def _send_stream(self, answer: Answer) -> web.StreamResponse:
         response = self._response
@@ -106,8 +118,7 @@ class Relay:
             await self._wait(written)
         if self._parts.is_draining:
             response.force_close()
-        with suppress(ConnectionError):  # it may have left with everything but the end
-            await response.write_eof(self._stream.rest())
+        await self._end(response, answer, self._stream.rest())
         return response
 
     def _log_stream(self, is_complete: bool) -> asyncio.Future[bool]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
+import socket
 import threading
 import time
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -236,6 +239,21 @@ async def test_an_app_that_stops_reading_is_given_up(start: StartGateway, stub: 
         assert response.status == 200
         await until(lambda: bool(stub[0].left))  # not reading all the while
     assert (await the_response(gateway)).aborted
+
+
+async def test_an_app_that_does_not_read_an_answer_holds_no_room(start: StartGateway) -> None:
+    gateway = await start(engine={"request_timeout_s": 2.0})
+    body = json.dumps(HELLO | {"stub": {"padding": 2_000_000}}).encode()
+    url = urlsplit(gateway.url)
+    client = socket.create_connection((url.hostname, url.port))
+    client.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: g\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
+    )
+    await until(lambda: gateway.parts.open_requests == 1)
+    await until(lambda: gateway.parts.open_requests == 0)  # not reading all the while
+    client.close()
+    assert not (await the_response(gateway)).aborted
 
 
 # --- a spool that fails ----------------------------------------------------------------------------------------------

@@ -346,6 +346,12 @@ async def test_what_an_app_concludes_weighs_what_the_settings_say(start: StartGa
         assert (status, body["error"]["code"]) == (422, "source_off")
 
 
+async def test_a_message_answered_anew_with_one_choice_needs_none_named(gateway: Gateway) -> None:
+    for n, status in ((2, 422), (1, 202), ("2", 422), (1.0, 202)):
+        assert (await gateway.chat(metadata={"message_id": "m"}, n=n))[0] == 200
+        assert (await vote(gateway, message_id="m", value="up"))[0] == status
+
+
 async def test_an_answer_that_is_asked_for_again_gets_a_weak_vote_down(start: StartGateway) -> None:
     gateway = await start(regenerate_weight=0.2)
     asked = {"user": "ann", "metadata": {"conversation_id": "c"}}

@@ -143,6 +143,15 @@ async def test_a_score_is_deleted_by_what_its_id_says_or_by_what_is_remembered(g
     assert votes_of(gateway) == [*(("up", id) for id in on), *(("retract", id) for id in on)]
 
 
+async def test_a_score_that_was_no_thumb_is_deleted_without_a_vote(gateway: Gateway) -> None:
+    thumb = {"traceId": RESPONSE_ID, "name": "user-feedback", "value": 1}
+    await gateway.post("/api/public/scores", thumb)
+    id = f"toxicity-{RESPONSE_ID}"
+    assert (await gateway.post("/api/public/scores", thumb | {"name": "toxicity", "id": id}))[0] == 200
+    assert await delete(gateway, id) == 202
+    assert votes_of(gateway) == [("up", RESPONSE_ID)]
+
+
 def votes_of(gateway: Gateway) -> list[tuple[str, str | None]]:
     def target(given: FeedbackGiven) -> str | None:
         return given.response_id or given.message_id

@@ -120,6 +120,21 @@ async def test_what_was_not_written_is_sent_again_and_what_is_refused_is_not(
     assert (await poll(settings))["new"] == 0
 
 
+async def test_with_a_key_that_the_gateway_does_not_take_no_rating_is_passed_over(
+    start: StartGateway, open_webui: tuple[OpenWebui, str], tmp_path: Path
+) -> None:
+    gateway = await start(api_keys=["good"])
+    server, url = open_webui
+    server.rate("a", 1, 10)
+    for key in (None, SecretStr("wrong")):
+        settings = settings_for(url, gateway, tmp_path, api_key=key)
+        with pytest.raises(ConnectionError, match=r"takes no votes with open_webui\.api_key"):
+            await poll(settings)
+        assert read_seen(settings.state) == Seen()
+    assert (await poll(settings_for(url, gateway, tmp_path, api_key=SecretStr("good"))))["new"] == 1
+    assert [one.message_id for one in gateway.feedback()] == ["message-a"]
+
+
 async def test_what_a_rater_may_not_send_yet_is_sent_later(
     start: StartGateway, open_webui: tuple[OpenWebui, str], tmp_path: Path
 ) -> None:

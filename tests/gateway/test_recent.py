@@ -83,4 +83,5 @@ def test_without_room_on_the_disk_it_is_the_processs_own(
     memory.put("choices", "a")
     assert memory.get("choices", "a") == ""
     assert "No space left" in caplog.text
+    assert not forget_recent(tmp_path / "recent.bin")
     memory.close()
