@@ -178,8 +178,10 @@ class Parts:
         raise Refusal(503, f"{why}; try again", code="overloaded", retry_after_s=RETRY_AFTER_S)
 
     def stamp(self) -> int:
-        """The next stamp of the hybrid clock."""
-        return self.clock.tick(int(time.time() * 1000))
+        """The next stamp of the hybrid clock, above all that this machine's gateways have given."""
+        self.clock.last = max(self.clock.last, self.recent.stamp)
+        self.recent.stamp = stamp = self.clock.tick(int(time.time() * 1000))
+        return stamp
 
 
 def _limit(per_s: float | None, burst_s: float) -> RateLimit | None:

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 SLOTS = 1 << 16  # of each kind
 SLOT_BYTES = 384
 RECENT = "recent.bin"  # beside the log's file
+_STAMP = struct.Struct("<q")
 _HEAD = struct.Struct("<8sH")  # the checksum of key and value; the value's size
 Kind = Literal["score", "prompt", "choices"]
 KINDS = get_args(Kind)
@@ -29,7 +30,8 @@ class Recent:
 
     def __init__(self, path: Path) -> None:
         """Without room on the disk, what is remembered is this process's alone."""
-        size = len(KINDS) * SLOTS * SLOT_BYTES
+        self._end = _slots_bytes()
+        size = self._end + _STAMP.size
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -60,18 +62,33 @@ class Recent:
         text = slot[_HEAD.size : _HEAD.size + size]
         return text.decode() if checksum == _checksum(digest, text) else None
 
+    @property
+    def stamp(self) -> int:
+        """The last stamp that any of them has given: after the clock was set back, no one's vote may seem older than an
+        earlier one that another has taken.
+        """
+        return int(_STAMP.unpack_from(self._memory, self._end)[0])
+
+    @stamp.setter
+    def stamp(self, stamp: int) -> None:
+        _STAMP.pack_into(self._memory, self._end, stamp)
+
     def close(self) -> None:
         """Let go of the file."""
         self._memory.close()
 
 
 def forget_recent(path: Path) -> bool:
-    """Overwrite everything in the file, whoever has it mapped; False where there is none."""
+    """Overwrite everything in the file but the stamp, whoever has it mapped; False where there is none."""
     if not path.exists():
         return False
     with path.open("r+b") as file:
-        file.write(bytes(len(KINDS) * SLOTS * SLOT_BYTES))
+        file.write(bytes(_slots_bytes()))
     return True
+
+
+def _slots_bytes() -> int:
+    return len(KINDS) * SLOTS * SLOT_BYTES
 
 
 def _place(kind: Kind, key: str) -> tuple[bytes, int]:

@@ -14,6 +14,7 @@ from loop.events import FeedbackEvent, hash_rater, key_of_message_id
 from loop.join import Batch, read_vote
 from loop.log import LogUnavailableError
 from services.gateway.identity import Claim, TokenSigner
+from services.gateway.recent import RECENT, Recent
 from tests.gateway.conftest import Gateway, StartGateway, until
 
 RESPONSE_ID = "chatcmpl-0123456789abcdef-01890000-0000-7000-8000-000000000000"
@@ -344,6 +345,15 @@ async def test_what_an_app_concludes_weighs_what_the_settings_say(start: StartGa
     for source in ("copy", "edit"):
         status, body = await vote(await start(), message_id="m", value="up", source=source)
         assert (status, body["error"]["code"]) == (422, "source_off")
+
+
+async def test_a_vote_is_later_than_what_another_gateway_took_before_the_clock_was_set_back(gateway: Gateway) -> None:
+    other = Recent(gateway.spool_path.with_name(RECENT))
+    other.stamp = an_hour_ahead = int(time.time() + 3600) * 1000 << 16
+    assert (await vote(gateway, message_id="m", value="down"))[0] == 202
+    (given,) = gateway.feedback()
+    assert given.hlc == other.stamp == an_hour_ahead + 1
+    other.close()
 
 
 async def test_a_message_answered_anew_with_one_choice_needs_none_named(gateway: Gateway) -> None:

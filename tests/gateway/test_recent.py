@@ -45,8 +45,10 @@ def test_others_that_map_the_file_see_it_and_a_restart_keeps_it(tmp_path: Path) 
     assert again.get("score", "a") == "é" * 100
     again.put("score", "a", "x" * 375)  # too long
     assert again.get("score", "a") == "é" * 100
+    again.stamp = 2**62
     assert (path.stat().st_mode & 0o777, forget_recent(path)) == (0o600, True)
     assert again.get("score", "a") is None
+    assert again.stamp == 2**62
     again.put("score", "a", "new")
     assert again.get("score", "a") == "new"
     again.close()

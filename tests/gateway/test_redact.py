@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -311,6 +312,24 @@ async def test_a_redactor_that_fails_withholds_the_record(private: Gateway, capl
     assert CARD.encode() not in on_disk(private)
     assert CARD not in caplog.text
     assert "event withheld" in caplog.text
+
+
+async def test_where_no_redactor_can_be_started_events_are_withheld_until_one_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = Redactor("builtin", None)
+    event = response(choices=[])
+    with monkeypatch.context() as full:
+
+        async def no_room(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        full.setattr(asyncio, "create_subprocess_exec", no_room)
+        for _ in range(2):
+            with pytest.raises(RedactionError, match="does not start"):
+                await one.redact(event, is_feedback=False)
+    assert b'"redacted":true' in await one.redact(event, is_feedback=False)
+    await one.close()
 
 
 async def test_what_waits_at_the_end_is_written_first(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:

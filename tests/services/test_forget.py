@@ -35,6 +35,7 @@ from services import forget as forgetting
 from services.cli import app
 from services.forget import _has_rows, forget
 from services.gateway.journal import Journal, left_in
+from services.gateway.recent import RECENT, Recent
 from tests.conftest import wait_until
 from tests.join.joined import read_examples
 from tests.ports import free_port
@@ -144,7 +145,11 @@ def machine(tmp_path: Path, store: Engine) -> Iterator[Machine]:
 def test_a_person_is_erased_everywhere_and_no_replay_brings_them_back(machine: Machine) -> None:
     assert len(machine.files_with(SECRET)) >= 4
     before = today()
+    recent = Recent(machine.settings.log.path.with_name(RECENT))
+    recent.put("score", "id", SECRET.decode())
     found = forget(machine.settings, machine.store, "user", rater("ann"))
+    assert (found["gateways_memory"], recent.get("score", "id")) == (True, None)
+    recent.close()
     assert (found["responses"], found["votes"]) == (2, 2)
     assert found["snapshots"] == ["run-1", "run-2"]
     assert found["adapters"] == ["v000001", "v000002"]
