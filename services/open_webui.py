@@ -25,6 +25,7 @@ from loop.settings import OpenWebuiSettings
 
 EXPORT = "api/v1/evaluations/feedbacks/all/export"
 BATCH = 100  # with the longest comments, still less than the gateway takes at once
+WINDOW_S = 3600
 TIMEOUT_S = 300.0
 
 log = logging.getLogger(__name__)
@@ -51,10 +52,12 @@ class Rating(msgspec.Struct):
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """How far the export was read: the last change, in seconds, and the ratings that changed in that second."""
+    """How far the export was read: to the last change, in seconds; and which changes of the WINDOW_S before it were
+    seen, with their seconds: others may still come, committed late or by a server whose clock is behind.
+    """
 
     updated_at: int = 0
-    ids: tuple[str, ...] = ()
+    changes: dict[str, int] = {}
 
 
 def run_open_webui(settings: OpenWebuiSettings, stop: threading.Event, *, once: bool) -> dict[str, int]:
@@ -114,29 +117,37 @@ async def poll(settings: OpenWebuiSettings) -> dict[str, int]:
 
 def sorted_new(ratings: Iterable[Rating], seen: Seen) -> list[Rating]:
     """The ratings that changed since, in the order in which they did. Pure."""
-    new = (
-        rating
-        for rating in ratings
-        if rating.updated_at > seen.updated_at or (rating.updated_at == seen.updated_at and rating.id not in seen.ids)
-    )
+    since = seen.updated_at - WINDOW_S
+    new = (rating for rating in ratings if rating.updated_at > since and change_of(rating) not in seen.changes)
     return sorted(new, key=lambda rating: (rating.updated_at, rating.id))
 
 
-def advance(seen: Seen, batch: list[Rating]) -> Seen:
-    """How far the export was read behind the batch, which is not empty. Pure."""
-    last = batch[-1].updated_at
-    ids = tuple(rating.id for rating in batch if rating.updated_at == last)
-    return Seen(last, (*seen.ids, *ids) if last == seen.updated_at else ids)
+def advance(seen: Seen, batch: Iterable[Rating]) -> Seen:
+    """How far the export was read behind the batch. Pure."""
+    changes = seen.changes | {change_of(rating): rating.updated_at for rating in batch}
+    last = max(changes.values(), default=0)
+    return Seen(last, {change: at for change, at in changes.items() if at > last - WINDOW_S})
+
+
+def change_of(rating: Rating) -> str:
+    """What tells one change of a rating from another: Open WebUI's times are whole seconds. Pure."""
+    return f"{rating.id}/{rating.updated_at}/{value_of(rating)}"
+
+
+def value_of(rating: Rating) -> str:
+    """The vote's; a rating that is neither good nor bad takes it back. Pure."""
+    value = None if rating.data is None else rating.data.rating
+    return {"1": "up", "-1": "down"}.get(str(value).removesuffix(".0"), "retract")
 
 
 def to_vote(rating: Rating) -> dict[str, Any] | None:
-    """The vote; a rating that is neither good nor bad takes it back. None where it is on no message. Pure."""
+    """The vote; None where the rating is on no message. Pure."""
     if rating.data is None or rating.meta is None or not rating.meta.message_id:
         return None
     vote: dict[str, Any] = {
         "message_id": rating.meta.message_id,
-        "value": {"1": "up", "-1": "down"}.get(str(rating.data.rating).removesuffix(".0"), "retract"),
-        "feedback_id": f"open-webui/{rating.id}/{rating.updated_at}",
+        "value": value_of(rating),
+        "feedback_id": f"open-webui/{change_of(rating)}",
         "source": "open-webui",
     }
     if rating.user_id:

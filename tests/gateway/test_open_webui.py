@@ -18,7 +18,18 @@ from pydantic import SecretStr
 from loop.events import hash_rater
 from loop.log import LogUnavailableError
 from loop.settings import OpenWebuiSettings
-from services.open_webui import Rating, Seen, advance, poll, read_seen, run_open_webui, sorted_new
+from services.open_webui import (
+    WINDOW_S,
+    Rating,
+    Seen,
+    _Data,
+    advance,
+    change_of,
+    poll,
+    read_seen,
+    run_open_webui,
+    sorted_new,
+)
 from tests.gateway.conftest import Gateway, StartGateway, serve
 
 
@@ -83,11 +94,11 @@ async def test_ratings_become_votes_once_and_changes_follow(
     assert await poll(settings) == {"ratings": 4, "new": 2, "refused": 0}
     found = gateway.feedback()
     assert [(one.message_id, one.value, one.feedback_id) for one in found] == [
-        ("message-a", "up", "open-webui/a/10"),
-        ("message-b", "down", "open-webui/b/10"),
-        ("message-c", "up", "open-webui/c/11"),
-        ("message-a", "down", "open-webui/a/12"),
-        ("message-b", "retract", "open-webui/b/13"),
+        ("message-a", "up", "open-webui/a/10/up"),
+        ("message-b", "down", "open-webui/b/10/down"),
+        ("message-c", "up", "open-webui/c/11/up"),
+        ("message-a", "down", "open-webui/a/12/down"),
+        ("message-b", "retract", "open-webui/b/13/retract"),
     ]
     assert [one.rater for one in found[:3]] == [*[hash_rater(b"thumbwheel", "user-1")] * 2, ""]
     assert (found[0].comment, found[0].reasons, found[0].source) == ("Too long.", ["too_verbose"], "open-webui")
@@ -146,7 +157,7 @@ async def test_what_a_rater_may_not_send_yet_is_sent_later(
     for _ in range(2):
         with pytest.raises(ConnectionError, match=r"no more votes of the rater of 'a3' for now"):
             await poll(settings)
-    assert read_seen(settings.state) == Seen(12, ("a2",))
+    assert set(read_seen(settings.state).changes) == {"a0/10/up", "a1/11/up", "a2/12/up"}
     patient = await start(gateway_id="another")
     settings = settings.model_copy(update={"gateway_url": patient.url})
     assert await poll(settings) == {"ratings": 4, "new": 1, "refused": 0}
@@ -191,23 +202,35 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         read_seen(path)
 
 
-changes = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 2)), max_size=12)
+changes = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(-2, 2), st.sampled_from([1, -1])), max_size=12)
 
 
 @given(changes, st.data())
-def test_every_last_change_is_sent_exactly_once_wherever_polls_fall(history: list[tuple[str, int]], data: Any) -> None:
-    """Open WebUI's clock goes on or stands still; a poll may come at any time, and its batches may end anywhere."""
-    now, state, seen, sent = 0, dict[str, int](), Seen(), list[tuple[str, int]]()
-    for id, step in history:
+def test_every_last_change_is_sent_exactly_once_wherever_polls_fall(
+    history: list[tuple[str, int, int]], data: Any
+) -> None:
+    """Open WebUI's clock may stand still, or go back a little, as that of another of its servers; a poll may come at
+    any time, and its batches may end anywhere.
+    """
+    now, state, seen, sent = 10_000, dict[str, Rating](), Seen(), list[str]()
+    for id, step, value in history:
         now += step
-        state[id] = now
+        state[id] = Rating(id, now, data=_Data(rating=value))
         if data.draw(st.booleans()):
-            new = sorted_new([Rating(id, at) for id, at in state.items()], seen)
+            new = sorted_new(state.values(), seen)
             size = data.draw(st.integers(1, 3))
             for start in range(0, len(new), size):
                 batch = new[start : start + size]
-                sent += [(rating.id, rating.updated_at) for rating in batch]
+                sent += map(change_of, batch)
                 seen = advance(seen, batch)
-    sent += [(rating.id, rating.updated_at) for rating in sorted_new([Rating(i, at) for i, at in state.items()], seen)]
+    sent += map(change_of, sorted_new(state.values(), seen))
     assert len(set(sent)) == len(sent)
-    assert set(state.items()) <= set(sent)
+    assert set(map(change_of, state.values())) <= set(sent)
+
+
+def test_what_was_seen_is_kept_for_a_window() -> None:
+    seen = advance(Seen(), [Rating("a", 10_000), Rating("b", 10_000 + WINDOW_S - 1)])
+    assert len(seen.changes) == 2
+    seen = advance(seen, [Rating("c", 10_000 + WINDOW_S)])
+    assert set(seen.changes.values()) == {10_000 + WINDOW_S - 1, 10_000 + WINDOW_S}
+    assert sorted_new([Rating("a", 10_000)], seen) == []
