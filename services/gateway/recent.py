@@ -14,8 +14,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, get_args
 
-SLOTS = 1 << 16  # of each kind
-SLOT_BYTES = 384
+SLOTS = 1 << 14  # of each kind
+SLOT_BYTES = 256
 RECENT = "recent.bin"  # beside the log's file
 _STAMP = struct.Struct("<q")
 _HEAD = struct.Struct("<8sH")  # the checksum of key and value; the value's size
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class Recent:
-    """Texts of up to 374 bytes under keys, some 65,000 of each kind."""
+    """Texts of up to 246 bytes under keys, some 16,000 of each kind."""
 
     def __init__(self, path: Path) -> None:
         """Without room on the disk, what is remembered is this process's alone."""

@@ -43,7 +43,7 @@ def test_others_that_map_the_file_see_it_and_a_restart_keeps_it(tmp_path: Path) 
     other.close()
     again = Recent(path)
     assert again.get("score", "a") == "é" * 100
-    again.put("score", "a", "x" * 375)  # too long
+    again.put("score", "a", "x" * 247)  # too long
     assert again.get("score", "a") == "é" * 100
     again.stamp = 2**62
     assert (path.stat().st_mode & 0o777, forget_recent(path)) == (0o600, True)
@@ -59,7 +59,7 @@ def test_what_several_write_at_once_is_read_whole_or_not_at_all(tmp_path: Path) 
     write = (
         "import sys; from pathlib import Path; from services.gateway.recent import Recent\n"
         "r = Recent(Path(sys.argv[1]))\n"
-        "while True:\n for letter in 'abc': r.put('score', 'key', letter * (40 if letter == 'a' else 300))"
+        "while True:\n for letter in 'abc': r.put('score', 'key', letter * (40 if letter == 'a' else 240))"
     )
     writers = [subprocess.Popen([sys.executable, "-c", write, str(path)]) for _ in range(2)]
     memory = Recent(path)
@@ -70,7 +70,7 @@ def test_what_several_write_at_once_is_read_whole_or_not_at_all(tmp_path: Path) 
     for writer in writers:
         writer.kill()
         writer.wait()
-    assert seen - {None} == {"a" * 40, "b" * 300, "c" * 300}
+    assert seen - {None} == {"a" * 40, "b" * 240, "c" * 240}
     memory.close()
 
 
