@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -68,7 +68,8 @@ class Ask:
     endpoint: Endpoint
     fields: dict[str, Raw]
     model: str | None
-    conversation_id: str
+    own_conversation_id: str | None
+    """The app's."""
     rater: str | None
     message_id: str | None
     wants_token_ids: bool
@@ -78,10 +79,17 @@ class Ask:
     """Whether that may have what was said; if not, votes find that there was something."""
     size: int
     choices: int = 1
-    is_conversation_named: bool = False
-    """Whether the app named its conversation, so that it is nobody else's."""
     trace: str | None = None
-    params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversation_id(self) -> str:
+        """The app's, else the rater, who stands for all of his, else what the conversation began with."""
+        return self.own_conversation_id or self.rater or _first_turn(self.fields)
+
+    @property
+    def params(self) -> dict[str, Raw]:
+        """How the app wants the answer to be sampled."""
+        return {name: value for name, value in self.fields.items() if name not in _NOT_PARAMS}
 
     @property
     def is_captured(self) -> bool:
@@ -103,7 +111,6 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
     metadata = metadata if isinstance(metadata, dict) else {}
     user = _value(fields, "user") or _value(fields, "safety_identifier") or _header(headers, _USER)
     rater = hash_rater(rater_salt, user) if isinstance(user, str) else ""
-    conversation_id = _id(_header(headers, _CONVERSATION) or metadata.get("conversation_id"))
     is_task = bool(_header(headers, _TASK) or metadata.get("task"))  # a title, tags: nobody sees it, nobody votes on it
     choices = _value(fields, "n")
     # What is neither a yes nor a no was meant to say something, and is safer taken for a no.
@@ -112,17 +119,15 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
         endpoint=endpoint,
         fields=fields,
         model=read_model(fields),
-        conversation_id=conversation_id or rater or _first_turn(fields),
+        own_conversation_id=_id(_header(headers, _CONVERSATION) or metadata.get("conversation_id")),
         rater=rater or None,
         message_id=_id(_header(headers, _MESSAGE) or metadata.get("message_id")),
         wants_token_ids=bool(_value(fields, "return_token_ids")),
         is_logged=not is_task and _is_capturable(fields),
         is_stored=is_stored,
         size=len(body),
-        is_conversation_named=conversation_id is not None,
-        choices=_whole(choices),
+        choices=1 if choices is None else _whole(choices),
         trace=read_trace(headers).get("traceparent"),
-        params={name: value for name, value in fields.items() if name not in _NOT_PARAMS},
     )
 
 

@@ -12,9 +12,8 @@ from loop.log import NewRecord
 from loop.rollout.routing import Arm
 from services.gateway.answers import Transcript
 from services.gateway.asks import Ask
+from services.gateway.errors import UNREADABLE
 from services.gateway.media import without_media
-
-_list = msgspec.json.Decoder(list[Any])
 
 
 @dataclass(slots=True)
@@ -31,6 +30,8 @@ class Exchange:
     first_byte_s: float | None = None
     prompt_key: str | None = None
     """By which the same prompt is known again, where that is of interest."""
+    asked: dict[str, Any] | None = None
+    """`asked_of` the request, where that was done ahead."""
     arm: str = ""
     adapter: str = ""
     generation: int = 0
@@ -46,6 +47,10 @@ def build_record(
     """The record of a response; of one that must not be stored it says only that it was there, for votes to find."""
     ask = exchange.ask
     first_byte_s = exchange.first_byte_s
+    content: dict[str, Any] = {"choices": [], "stored": False}
+    if ask.is_stored:
+        asked = asked_of(ask) if exchange.asked is None else exchange.asked
+        content = {"choices": transcript.choices(), "prompt_token_ids": transcript.prompt_token_ids, **asked}
     event = ResponseLogged(
         response_id=exchange.response_id,
         endpoint=ask.endpoint,
@@ -59,20 +64,19 @@ def build_record(
         first_token_s=None if first_byte_s is None else round(first_byte_s - exchange.started_s, 6),
         duration_s=round(ended_s - exchange.started_s, 6),
         trace=ask.trace,
-        **(_content(ask, transcript) if ask.is_stored else {"choices": [], "stored": False}),
+        **content,
     )
     value = encode(event, event_id=exchange.response_id, key=exchange.key, source=source, now_ms=exchange.started_at_ms)
     return NewRecord(topic, exchange.key, value)
 
 
-def _content(ask: Ask, transcript: Transcript) -> dict[str, Any]:
+def asked_of(ask: Ask) -> dict[str, Any]:
+    """What the record has of the request."""
     prompt = ask.fields.get("prompt")
     return {
-        "choices": transcript.choices(),
         # Raw JSON stands where decoded values would: the encoder copies it, as it came.
         "messages": without_media(ask.fields.get("messages")),
         "prompt": None if prompt is None else _prompt_text(prompt),
-        "prompt_token_ids": transcript.prompt_token_ids,
         "conversation_id": ask.conversation_id,
         "rater": ask.rater,
         "tools": ask.fields.get("tools"),
@@ -81,8 +85,13 @@ def _content(ask: Ask, transcript: Transcript) -> dict[str, Any]:
 
 
 def _prompt_text(raw: msgspec.Raw) -> str | None:
-    """A completion's prompt; None where it was sent as token ids, which the engine's answer brings."""
-    prompt = msgspec.json.decode(raw)
+    """A completion's prompt; None where it was sent as token ids, which the engine's answer brings, or is no text, of
+    which the engine is to judge.
+    """
+    try:
+        prompt = msgspec.json.decode(raw)
+    except UNREADABLE:
+        return None
     while isinstance(prompt, list) and len(prompt) == 1:
         (prompt,) = prompt
     return prompt if isinstance(prompt, str) else None

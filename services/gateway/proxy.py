@@ -153,7 +153,8 @@ async def _ask_engine(request: web.Request, exchange: Exchange, caller: Caller, 
     is_retried = False
     while True:
         with parts.routes.use() as route:
-            arm = choose_arm(route, ask.model, ask.conversation_id, caller, parts)
+            subject = "" if route.canary is None else ask.conversation_id  # else there is nothing to choose
+            arm = choose_arm(route, ask.model, subject, caller, parts)
             exchange.serve_by(arm, route.generation)
             body = ask.upstream_body(arm.adapter)
             with await parts.engines.post(path, body, headers, relay.prepare) as answer:

@@ -19,9 +19,9 @@ def prompt_key(ask: Ask) -> str | None:
     """What the same prompt in the same conversation has in common; None where that cannot be known, or where there is
     more than one answer to choose from.
     """
-    if not (ask.is_captured and ask.is_conversation_named and ask.choices == 1):
+    if not ask.is_captured or ask.own_conversation_id is None or ask.choices != 1:
         return None
-    asked = hashlib.sha256(ask.conversation_id.encode())
+    asked = hashlib.sha256(ask.own_conversation_id.encode())
     for name in ("messages", "prompt"):
         asked.update(b"\0" + bytes(ask.fields.get(name, b"")))
     return asked.hexdigest()

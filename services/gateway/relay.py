@@ -17,11 +17,12 @@ from multidict import CIMultiDict
 from loop import metrics
 from loop.log import NewRecord
 from services.gateway.answers import EventStream, Rename, Transcript
-from services.gateway.capture import Exchange, build_record
+from services.gateway.capture import Exchange, asked_of, build_record
 from services.gateway.connection import GarbageError
 from services.gateway.engines import Answer
 from services.gateway.identity import Claim
 from services.gateway.parts import Parts
+from services.gateway.spool import ASIDE_BYTES
 
 RESPONSE_ID = "X-Thumbwheel-Response-Id"
 FEEDBACK_TOKEN = "X-Thumbwheel-Feedback-Token"
@@ -41,12 +42,24 @@ class Relay:
         self._request = request
         self._exchange = exchange
         self._parts = parts
+        # When the engine is at work, but before anything of its answer is read.
+        asyncio.get_running_loop().call_soon(self._prepare_ahead)
+
+    def _prepare_ahead(self) -> None:
+        """What needs nothing of the answer."""
+        exchange, parts = self._exchange, self._parts
+        if not exchange.ask.is_captured:
+            return
+        expiry_s = exchange.started_at_ms // 1000 + parts.gateway.token_ttl_s
+        self._token = parts.signer.sign(Claim(exchange.response_id, exchange.ask.rater or ""), expiry_s)
+        if exchange.ask.size <= ASIDE_BYTES:
+            exchange.asked = asked_of(exchange.ask)
 
     def prepare(self, answer: Answer) -> None:
         """All that needs no byte of the body. A stream's headers come before the engine has read the prompt: what is
         done now delays nobody's first token.
         """
-        exchange, parts = self._exchange, self._parts
+        exchange = self._exchange
         ask = exchange.ask
         self._is_logged = ask.is_logged and answer.status == 200
         self._is_captured = self._is_logged and ask.is_stored
@@ -54,9 +67,7 @@ class Relay:
         if self._is_logged:
             self._headers[RESPONSE_ID] = exchange.response_id
         if self._is_captured:
-            expiry_s = exchange.started_at_ms // 1000 + parts.gateway.token_ttl_s
-            claim = Claim(exchange.response_id, ask.rater or "")
-            self._headers[FEEDBACK_TOKEN] = parts.signer.sign(claim, expiry_s)
+            self._headers[FEEDBACK_TOKEN] = self._token
         # What the app did not ask for was asked for by us, in `Ask.upstream_body`.
         strip_token_ids = self._is_captured and not ask.wants_token_ids
         self._rename = _rename(exchange.adapter, exchange.shown_model, strip_token_ids)
@@ -88,15 +99,18 @@ class Relay:
 
     async def _end(self, response: web.StreamResponse, answer: Answer, rest: bytes = b"") -> None:
         """Send what there is still to be sent, to who reads it in time."""
+        timer = asyncio.get_running_loop().call_at(answer.deadline_s, self._hang_up)
         try:
-            async with asyncio.timeout_at(answer.deadline_s):
-                await response.prepare(self._request)
-                await response.write_eof(rest)
+            await response.prepare(self._request)
+            await response.write_eof(rest)
         except ConnectionError:  # the client has left, maybe with everything but the end
             pass
-        except TimeoutError:
-            if self._request.transport is not None:
-                self._request.transport.abort()  # to close it would wait for the client
+        finally:
+            timer.cancel()
+
+    def _hang_up(self) -> None:
+        if self._request.transport is not None:
+            self._request.transport.abort()  # to close it would wait for the client
 
     async def _send_stream(self, answer: Answer) -> web.StreamResponse:
         response = self._response
