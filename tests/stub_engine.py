@@ -99,7 +99,10 @@ async def embed(request: web.Request) -> web.Response:
 
 async def complete(request: web.Request) -> web.StreamResponse:
     engine = request.app[ENGINE]
-    body = json.loads(await request.read())
+    try:
+        body = json.loads(await request.read())
+    except ValueError:
+        return _error(400, "There was an error parsing the body", "Bad Request", None)
     if engine.keeps_requests:
         engine.requests.append(body)
         engine.headers.append(dict(request.headers))

@@ -142,6 +142,21 @@ async def test_header_bytes_that_are_no_text_do_no_harm(gateway: Gateway, stub: 
     assert len(gateway.responses()) == 4
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", b'{"prompt": "\xff"}'),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "\xff"}], "metadata": "\xff"}'),
+    ],
+)
+async def test_a_prompt_that_is_no_text_is_the_engines_to_judge(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, path: str, body: bytes
+) -> None:
+    status, answer, _ = await gateway.post(path, body)
+    assert (status, answer["error"]["message"]) == (400, "There was an error parsing the body")
+    assert not caplog.records  # a stranger cannot fill the disk with tracebacks
+
+
 async def test_a_callers_request_id_is_never_the_engines(gateway: Gateway, stub: Stub) -> None:
     _, body, _ = await gateway.post("/v1/chat/completions", HELLO, {"X-Request-Id": "mine"})
     assert "mine" not in body["id"]
