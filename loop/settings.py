@@ -116,7 +116,7 @@ class GatewaySettings(Section):
     route_poll_s: Annotated[float, Field(gt=0, le=60)] = 0.5
     """How often routes and API keys are read from the store."""
     drain_timeout_s: Seconds = 30.0
-    """How long open streams may go on after SIGTERM."""
+    """How long open requests and streams may go on after SIGTERM."""
     regenerate_weight: ImplicitWeight | None = None
     """Weight of the vote against an answer that is asked for again in its conversation, where the same machine's
     gateways answer both; none: no such votes."""

@@ -46,8 +46,9 @@ from loop.store.joining import (
     Reader,
     Span,
     apply,
+    go_back,
     prepare,
-    start_over,
+    read_positions,
     start_positions,
 )
 from services.lag import LOOK_EVERY_S, Lag
@@ -215,6 +216,7 @@ class Joiner:
             self._commit(consumer)
         if time.monotonic() > self._look_at:
             self._look_at = time.monotonic() + LOOK_EVERY_S
+            self._check_store()
             self._see_read(consumer)
             for part in ("log", "store"):
                 metrics.joiner_up.labels(part).set(1)
@@ -276,33 +278,39 @@ class Joiner:
         """
         records: list[Record] = []
         ends: dict[int, list[int]] = {}
-        behind: dict[tuple[str, int], int] = {}
-        for (topic, partition), run in groupby(polled, key=attrgetter("topic", "partition")):
-            start, n = self._next.get(partition), self._topics.index(topic)
-            ours = [record for record in run if start is not None and record.offset >= start[n]]
-            if start is not None and ours:
-                records += ours
-                ends.setdefault(partition, list(start))[n] = ours[-1].offset + 1
-            elif start is not None:
-                behind[topic, partition] = start[n]
-        if behind:
-            self._start_over(behind)
+        back: dict[int, list[int]] = {}
+        for (topic, partition), grouped in groupby(polled, key=attrgetter("topic", "partition")):
+            if (start := self._next.get(partition)) is None:
+                continue
+            run, n = list(grouped), self._topics.index(topic)
+            records += run
+            ends.setdefault(partition, list(start))[n] = run[-1].offset + 1
+            if run[0].offset < start[n]:
+                place = back.setdefault(partition, list(start))
+                place[n] = min(place[n], run[0].offset)
+        if back:
+            self._go_back({partition: (self._next[partition], Offsets(*to)) for partition, to in back.items()})
         return records, {partition: (self._next[partition], Offsets(*end)) for partition, end in ends.items()}
 
-    def _start_over(self, behind: Mapping[tuple[str, int], int]) -> None:
-        """What these places gave lies before where we read on. After a rebalance that gave them back to us, they are to
-        be sought again. But where the log ends before that, brokers have lost what we have joined, and give its offsets
-        to others: such partitions are read from their beginning. Raises PositionMovedError.
+    def _go_back(self, spans: Mapping[int, Span]) -> None:
+        """The log gave what lies before where we read on. Either the partition had left us for a moment, or brokers
+        have lost what we joined, and others have its offsets now. To join again is harmless, so we do not ask which:
+        the log's end does not tell, once it has grown past us. Raises PositionMovedError.
         """
-        topics = {topic for topic, _ in behind}
-        ends = {(topic, n): end for topic in topics for n, end in self._events.end_offsets(topic).items()}
-        cut = sorted({place[1] for place, next_ in behind.items() if ends.get(place, next_) < next_})
         self._finish()
-        if cut:
-            start_over(self._store, self._reader, cut)
-            message = "the log ends before what was joined: partitions %s are read from their beginning"
-            log.error(message, cut, extra={"action": "joiner_log_cut", "partitions": cut})
-        raise PositionMovedError(f"partitions {sorted({n for _, n in behind})} were read from before their positions")
+        go_back(self._store, self._reader, spans)
+        places = {partition: tuple(to) for partition, (_, to) in spans.items()}
+        log.warning("joining again from %s", places, extra={"action": "joiner_back", "partitions": sorted(places)})
+        raise PositionMovedError(f"partitions {sorted(places)} were read from before their positions")
+
+    def _check_store(self) -> None:
+        """Whether the store still has what we joined: Postgres may lose its last moments, and where no event follows,
+        no compare and set would tell. Raises PositionMovedError, StoreUnavailableError.
+        """
+        moving = self._in_hand.ends if self._in_hand else {}
+        still = {partition: offsets for partition, offsets in self._joined.items() if partition not in moving}
+        if still.items() - read_positions(self._store, self._reader).items():
+            raise PositionMovedError("the store is not where it was")
 
     def _resize(self, events: int, seconds: float) -> None:
         """On SQLite, where writers take turns, find the batch that is joined in SQLITE_TRANSACTION_S."""

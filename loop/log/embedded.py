@@ -140,11 +140,13 @@ class EmbeddedLog:
                     slots[topic, partition] = slot
         return GroupConsumer(self.path, group, slots)
 
-    def read(self, topic: str, partition: int, offset: int, max_records: int) -> list[Record]:
-        """At most `max_records` records from `offset` on, or from the first one that is still there."""
+    def read(self, topic: str, partition: int, offset: int, max_records: int, max_bytes: int = 1 << 40) -> list[Record]:
+        """At most `max_records` records from `offset` on, or from the first one that is still there, up to the one that
+        brings their values to `max_bytes`.
+        """
         with self._lock, unavailable(self.path):
             slot = self._topic(self._connection, topic)[partition]
-            return read_slot(self._connection, topic, partition, slot, offset, max_records)
+            return read_slot(self._connection, topic, partition, slot, offset, max_records, max_bytes)
 
     def end_offsets(self, topic: str) -> dict[int, int]:
         """The next offset of each partition."""

@@ -86,18 +86,22 @@ def next_id(connection: sqlite3.Connection, slot: int) -> int:
 
 
 def read_slot(
-    connection: sqlite3.Connection, topic: str, partition: int, slot: int, offset: int, max_records: int
+    connection: sqlite3.Connection, topic: str, partition: int, slot: int, offset: int, max_records: int, max_bytes: int
 ) -> list[Record]:
-    """The records of one slot from `offset` on."""
+    """The records of one slot from `offset` on, up to the one that brings their values to `max_bytes`."""
     first = slot << OFFSET_BITS
     rows = connection.execute(
         "SELECT id - ?, key, value, timestamp_ms, headers FROM records WHERE id >= ? AND id < ? ORDER BY id LIMIT ?",
         (first, first + offset, slot + 1 << OFFSET_BITS, max_records),
-    ).fetchall()
-    return [
-        Record(topic, partition, offset, key, value, timestamp_ms, json.loads(headers) if headers else {})
-        for offset, key, value, timestamp_ms, headers in rows
-    ]
+    )
+    records = []
+    for offset, key, value, timestamp_ms, headers in rows:
+        of_record = json.loads(headers) if headers else {}
+        records.append(Record(topic, partition, offset, key, value, timestamp_ms, of_record))
+        max_bytes -= len(value)
+        if max_bytes <= 0:
+            break
+    return records
 
 
 def open_file(path: Path) -> sqlite3.Connection:

@@ -19,6 +19,7 @@ from loop.log.file import connect, read_slot, transaction, unavailable
 HEARTBEAT_S = 1.0
 SESSION_TIMEOUT_S = 10.0
 POLL_EVERY_S = 0.01
+POLL_BYTES = 32 * 1024 * 1024  # about, of values
 
 
 class GroupConsumer:
@@ -94,14 +95,17 @@ class GroupConsumer:
             self._turn += 1  # another partition first each time, so that a full one does not starve the others
             places = places[self._turn % len(places) :] + places[: self._turn % len(places)] if places else []
             # As many of each, so that what came at about the same time gets into the store together.
-            while places and len(found) < max_records:
+            bytes_left = POLL_BYTES
+            while places and len(found) < max_records and bytes_left > 0:
                 share = -(-(max_records - len(found)) // len(places))
                 with_more = []
                 for place in places:
                     wanted = min(share, max_records - len(found))
-                    if rows := read_slot(self._connection, *place, self._slots[place], self._next[place], wanted):
+                    slot, next_ = self._slots[place], self._next[place]
+                    if rows := read_slot(self._connection, *place, slot, next_, wanted, bytes_left // len(places)):
                         self._next[place] = rows[-1].offset + 1
                         found += rows
+                        bytes_left -= sum(len(record.value) for record in rows)
                         with_more.append(place)
                 places = with_more
             if not found:

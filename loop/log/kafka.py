@@ -243,8 +243,10 @@ class KafkaGroupConsumer:
         """Read on at `offset`; where retention has taken that, at the first record that is left. Nothing to do for a
         partition that is not ours any more, as the client's own thread may have learned just now.
         """
+        place = TopicPartition(topic, partition)
         with suppress(ValueError, KeyError):
-            self._consumer.seek(TopicPartition(topic, partition), offset)
+            self._consumer.seek(place, offset)
+            self._consumer.resume(place)  # if it was left out
 
     def position(self, topic: str, partition: int) -> int:
         """Where the next poll reads on: behind offsets that no record has, or none any more. 0 for a partition that is
@@ -263,11 +265,12 @@ class KafkaGroupConsumer:
             # assigned by that metadata, it takes itself for joined and stays without partitions or heartbeat for ever.
             if self._consumer._coordinator.rejoining:
                 self._consumer._coordinator.request_rejoin()
+            earlier = self._consumer._fetcher._next_in_line_exception_metadata
             try:
                 polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
             except (CorruptRecordError, UnsupportedCodecError) as exc:
                 polled = {}
-                self._leave_out(exc)
+                self._leave_out(exc, earlier)
         return [
             Record(
                 place.topic,
@@ -282,15 +285,23 @@ class KafkaGroupConsumer:
             for found in records
         ]
 
-    def _leave_out(self, exc: KafkaError) -> None:
+    def _leave_out(self, exc: KafkaError, earlier: Any) -> None:
         """Stop reading the partition whose bytes are broken on the broker's disk, or packed as nobody here can unpack
-        them, so that the others go on.
+        them, so that the others go on. `earlier` is what kafka-python 3.0.12 kept from its last poll to raise in this.
         """
-        # kafka-python 3.0.12 keeps what it had fetched of it, and would spin on it for ever in its next poll.
-        broken = self._consumer._fetcher._next_partition_records
-        self._consumer._fetcher._next_partition_records = None
-        self._consumer.pause(broken.topic_partition)
-        log.error("left out until the next rebalance: %s", exc, extra={"action": "partition_unreadable"})
+        fetcher = self._consumer._fetcher
+        fetched = fetcher._next_partition_records
+        if earlier is not None and earlier.exception is exc:
+            place = earlier.partition
+        elif fetched:
+            place = fetched.topic_partition
+        else:  # the broker itself cannot read it: the client has just made it the last to be asked again
+            place = next(reversed(self._consumer._subscription.assignment))
+        if fetched and fetched.topic_partition == place:
+            fetcher._next_partition_records = None  # else it would spin on it for ever in its next poll
+        self._consumer.pause(place)
+        message = "%s %d is left out until it is assigned anew: %s"
+        log.error(message, place.topic, place.partition, exc, extra={"action": "partition_unreadable"})
 
     def commit(self, positions: Mapping[tuple[str, int], int]) -> None:
         """Tell the brokers the next offsets, for lag tools. Raises LogUnavailableError."""

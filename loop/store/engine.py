@@ -43,6 +43,7 @@ _END_STOPPED = text(
     f" AND wait_event IN ('ClientRead', 'ClientWrite') AND state_change < now() - interval '{IDLE_IN_TRANSACTION_S} s'"
     " AND pid IN (SELECT pid FROM pg_locks WHERE granted AND relation = 'positions'::regclass)"
 )
+_NO_PARTITION = "23514"  # a day's, which retention dropped behind `ensure_days`; nothing else of ours is checked
 _SCHEMA_LOCK = 0x7468756D62  # any constant will do; "thumb"
 _WRITES = "thumbwheel_writes"
 
@@ -84,6 +85,10 @@ def reaching(engine: Engine) -> Iterator[None]:
             raise
         raise StoreUnavailableError(_in_words(engine.url, exc)) from exc
     except (driver.OperationalError, driver.InternalError) as exc:
+        raise StoreUnavailableError(_in_words(engine.url, exc)) from exc
+    except driver.IntegrityError as exc:
+        if getattr(exc, "sqlstate", None) != _NO_PARTITION:
+            raise
         raise StoreUnavailableError(_in_words(engine.url, exc)) from exc
 
 

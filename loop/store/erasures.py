@@ -60,6 +60,7 @@ def _alone(engine: Engine) -> Iterator[Bulk]:
     with write(engine) as connection:
         bulk = open_bulk(connection)
         if engine.dialect.name == "postgresql":
+            connection.execute(text("SET LOCAL synchronous_commit = on"))  # no log has what is erased
             connection.execute(text("LOCK TABLE positions IN SHARE ROW EXCLUSIVE MODE"))
         else:
             connection.exec_driver_sql("PRAGMA secure_delete = ON")  # what is deleted is overwritten

@@ -161,21 +161,20 @@ def start_positions(engine: Engine, reader: Reader, partitions: Iterable[int]) -
     return {partition: found[partition] for partition in wanted}
 
 
-def start_over(engine: Engine, reader: Reader, partitions: Iterable[int]) -> None:
-    """Have the reader begin anew in these partitions. Raises StoreUnavailableError."""
+def go_back(engine: Engine, reader: Reader, spans: Mapping[int, Span]) -> None:
+    """Have the reader read on where these spans end. Raises PositionMovedError, StoreUnavailableError."""
     with reaching(engine), write(engine) as connection:
-        open_bulk(connection).execute(
-            "UPDATE positions SET responses_next = 0, feedback_next = 0"
-            " WHERE consumer_group = ? AND partition IN ?? AND log_id = ?",
-            *(reader.group, set(partitions), reader.log_id),
-        )
+        _advance(open_bulk(connection), reader, spans)
 
 
 def read_positions(engine: Engine, reader: Reader) -> dict[int, Offsets]:
-    """Where the reader stands in each partition that it ever had; changes nothing, unlike `start_positions`."""
+    """Where the reader stands in each partition that it ever had; changes nothing, unlike `start_positions`.
+
+    Raises StoreUnavailableError.
+    """
     columns = positions.c.partition, positions.c.responses_next, positions.c.feedback_next
     query = select(*columns).where(positions.c.consumer_group == reader.group, positions.c.log_id == reader.log_id)
-    with engine.connect() as connection:
+    with reaching(engine), engine.connect() as connection:
         return {partition: Offsets(*next_) for partition, *next_ in connection.execute(query)}
 
 

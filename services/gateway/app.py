@@ -19,6 +19,7 @@ from aiohttp import web
 from aiohttp.hdrs import ORIGIN
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.log import server_logger
+from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -52,7 +53,7 @@ _THUMBS = (Path(__file__).parent / "static" / "thumbs.js").read_bytes()
 def create_app(settings: Settings) -> web.Application:
     """The public application."""
     server_logger.addFilter(_is_our_fault)
-    app = web.Application(client_max_size=settings.gateway.max_body_bytes)
+    app = web.Application(client_max_size=settings.gateway.max_body_bytes, middlewares=[_counted])
     app.cleanup_ctx.append(_parts(settings))
     if settings.gateway.cors_origins:
         app.on_response_prepare.append(_allow_origin)
@@ -80,6 +81,17 @@ def create_app(settings: Settings) -> web.Application:
         ]
     )
     return app
+
+
+@web.middleware
+async def _counted(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Whatever it is and however far it has come, the end waits for it: a body on its way, a vote, a stream."""
+    parts = request.app[PARTS]
+    parts.in_progress += 1
+    try:
+        return await handler(request)
+    finally:
+        parts.in_progress -= 1
 
 
 def create_metrics_app(public: web.Application) -> web.Application:
@@ -135,7 +147,7 @@ async def preflight(request: web.Request) -> web.Response:
 
 
 def main(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then let open streams end for up to `drain_timeout_s`."""
+    """Serve until SIGTERM or SIGINT, then let open requests end for up to `drain_timeout_s`."""
     # Each stream takes two, and the usual soft limit is 1024.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -209,7 +221,7 @@ async def _freeze(parts: Parts) -> None:
 async def _drain(parts: Parts, timeout_s: float) -> None:
     parts.is_draining = True
     deadline = time.monotonic() + timeout_s
-    while parts.routes.open_requests and time.monotonic() < deadline:
+    while parts.in_progress and time.monotonic() < deadline:
         await asyncio.sleep(0.02)
 
 

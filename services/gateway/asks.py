@@ -7,12 +7,13 @@ and `return_token_ids`, and the log gets the messages as they came.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Raw
+from msgspec import Meta, Raw
 from multidict import istr
 
 from loop.events import fitting_id, hash_rater
@@ -20,6 +21,7 @@ from services.gateway.errors import UNREADABLE, Refusal
 
 Endpoint = Literal["chat", "completions"]
 
+MAX_FIELDS = 1_000  # of a body; each takes ten times its size in memory
 MAX_TRACE_CHARS = 512
 # What apps may call their ids in headers: our names, and Open WebUI's (ENABLE_FORWARD_USER_INFO_HEADERS).
 _CONVERSATION = istr("X-Thumbwheel-Conversation-Id"), istr("X-OpenWebUI-Chat-Id")
@@ -28,6 +30,7 @@ _TASK = istr("X-Thumbwheel-Task"), istr("X-OpenWebUI-Task")
 _USER = (istr("X-OpenWebUI-User-Id"),)
 _STORE = istr("X-Thumbwheel-Store")
 _TRACEPARENT, _TRACESTATE = istr("traceparent"), istr("tracestate")
+_TRACE = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?![^-])")  # then a later version's parts
 _HASHED_BYTES = 65_536  # of a first turn; images inside of it may have megabytes
 _TRUE = Raw(b"true")
 # Everything else in a body is a sampling parameter as far as the log is concerned.
@@ -48,7 +51,7 @@ _NOT_PARAMS = frozenset(
     }
 )
 
-_fields = msgspec.json.Decoder(dict[str, Raw])
+_fields = msgspec.json.Decoder(Annotated[dict[str, Raw], Meta(max_length=MAX_FIELDS)])
 _anything = msgspec.json.Decoder()
 _list = msgspec.json.Decoder(list[Raw])
 _encode = msgspec.json.Encoder().encode
@@ -127,7 +130,7 @@ def read_ask(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, rater_
         is_stored=is_stored,
         size=len(body),
         choices=1 if choices is None else _whole(choices),
-        trace=read_trace(headers).get("traceparent"),
+        trace=_logged_trace(headers),
     )
 
 
@@ -142,12 +145,20 @@ def read_trace(headers: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def _logged_trace(headers: Mapping[str, str]) -> str | None:
+    """The part of the context that is logged: numbers only, for nobody redacts it."""
+    found = _TRACE.match(headers.get(_TRACEPARENT, ""))
+    return None if found is None else found[0]
+
+
 def read_fields(body: bytes) -> dict[str, Raw]:
     """The body's fields, their values untouched. Raises Refusal 400."""
     try:
-        return _fields.decode(body)
+        fields: dict[str, Raw] = _fields.decode(body)
     except UNREADABLE as exc:
-        raise Refusal(400, f"the body is not a JSON object: {exc}", code="invalid_json") from exc
+        message = f"the body is not a JSON object of at most {MAX_FIELDS} fields: {exc}"
+        raise Refusal(400, message, code="invalid_json") from exc
+    return fields
 
 
 def read_model(fields: Mapping[str, Raw]) -> str | None:

@@ -45,16 +45,19 @@ MAX_BYTES = 64 * 1024
 MAX_ITEMS = 1_000
 MAX_BATCH_BYTES = 8 * 1024 * 1024
 WRITE_TIMEOUT_S = 5.0
+REDACTION_TIMEOUT_S = 10.0  # of one vote
 VALUES = ("up", "down", "retract")
 _ITEMS_AT_ONCE = 50
 
 T = TypeVar("T")
 
-Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS, pattern=r"^[^\x00-\x1f\x7f]+$")]
-OwnId = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
+ONE_LINE = r"^[^\x00-\x1f\x7f]+$(?!\n)"  # for Python takes $ for the place before a last line break, too
+Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS, pattern=ONE_LINE)]
+OwnId = Annotated[str, Meta(min_length=1, max_length=128, pattern=ONE_LINE)]
 Comment = Annotated[str, Meta(max_length=10_000, pattern=r"^[^\x00]*$")]
 _Correction = Annotated[str, Meta(min_length=1, max_length=32_768, pattern=r"^[^\x00]*$")]
-_Word = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+_Word = Annotated[str, Meta(min_length=1, max_length=64, pattern=ONE_LINE)]
+_Source = Annotated[str, Meta(pattern=r"^[A-Za-z][\w.-]{0,63}$(?!\n)")]  # a name, which nobody redacts
 
 
 class Vote(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -69,7 +72,7 @@ class Vote(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     reasons: Annotated[list[_Word], Meta(max_length=32)] = []
     correction: _Correction | None = None
     weight: Annotated[float, Meta(gt=0, le=100)] | None = None
-    source: _Word | None = None
+    source: _Source | None = None
     feedback_id: OwnId | None = None
     token: str | None = None
 
@@ -263,7 +266,7 @@ async def write_feedback(given: Sequence[FeedbackGiven], parts: Parts) -> None:
     try:
         records = [feedback_record(vote, parts) for vote in given]
         if parts.redactor is not None:
-            records = [await _redacted(*vote, parts.redactor, parts) for vote in zip(given, records, strict=True)]
+            records = await _redacted(given, records, parts.redactor, parts)
         written = parts.spool.put_feedback(records, given[-1].hlc)
         try:
             is_on_disk = await asyncio.wait_for(written, WRITE_TIMEOUT_S)
@@ -289,12 +292,25 @@ def feedback_record(given: FeedbackGiven, parts: Parts) -> NewRecord:
     return NewRecord(parts.feedback_topic, key, value)
 
 
-async def _redacted(given: FeedbackGiven, record: NewRecord, redactor: Redactor, parts: Parts) -> NewRecord:
-    """The record without what is private; without any text where that fails, for the vote counts all the same."""
-    try:
-        return record._replace(value=await redactor.redact(record.value, is_feedback=True))
-    except RedactionError:
-        return feedback_record(msgspec.structs.replace(given, comment=None, reasons=[], correction=None), parts)
+async def _redacted(
+    given: Sequence[FeedbackGiven], records: Sequence[NewRecord], redactor: Redactor, parts: Parts
+) -> list[NewRecord]:
+    """The records without what is private; without any text where that fails, for the votes count all the same. Once
+    one had to wait too long, the others of the call do not.
+    """
+    clean: list[NewRecord] = []
+    limit_s = REDACTION_TIMEOUT_S
+    for vote, record in zip(given, records, strict=True):
+        if vote.comment or vote.reasons or vote.correction:
+            try:
+                async with asyncio.timeout(limit_s):
+                    record = record._replace(value=await redactor.redact(record.value, is_feedback=True))
+            except (TimeoutError, RedactionError) as exc:
+                limit_s = 0 if isinstance(exc, TimeoutError) else limit_s
+                textless = msgspec.structs.replace(vote, comment=None, reasons=[], correction=None)
+                record = feedback_record(textless, parts)
+        clean.append(record)
+    return clean
 
 
 def count_refused(exc: Refusal) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loop.log.kafka import KafkaLog
 
 BATCH = 500
+BATCH_BYTES = 4 * 1024 * 1024  # about, of values: there may be a batch of each partition on its way
 POLL_S = 0.1
 RETRY_S = 1.0
 GIVE_UP_S = 30.0  # a batch that was not acknowledged by then goes another way: through a new producer
@@ -101,7 +102,7 @@ class Forwarder:
         self._log.close()
 
     def _send(self, place: _Place) -> None:
-        records = self._spool.read(*place, 0, BATCH)
+        records = self._spool.read(*place, 0, BATCH, BATCH_BYTES)
         if not records:
             return
         if records[0].offset < self._one_by_one.get(place, 0):

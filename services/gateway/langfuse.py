@@ -25,6 +25,8 @@ from loop.settings import LangfuseSettings
 from services.gateway.errors import UNREADABLE, Refusal, read_body
 from services.gateway.feedback import (
     MAX_BATCH_BYTES,
+    MAX_ITEMS,
+    ONE_LINE,
     Comment,
     Id,
     Vote,
@@ -45,6 +47,9 @@ _NO_THUMB = ""  # in place of the trace id
 _NO_VALUES = {"TEXT", "CORRECTION"}  # data types that say nothing of good or bad
 
 
+_Items = Annotated[list[Raw], Meta(max_length=MAX_ITEMS)]
+
+
 class Score(msgspec.Struct, rename="camel"):
     """What we read of a score; Langfuse's other fields pass by."""
 
@@ -57,17 +62,17 @@ class Score(msgspec.Struct, rename="camel"):
 
 
 class _Event(msgspec.Struct):
-    id: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
+    id: Annotated[str, Meta(min_length=1, max_length=100, pattern=ONE_LINE)]
     type: str
     body: Raw = Raw(b"null")
 
 
 class _Ingestion(msgspec.Struct):
-    batch: list[Raw]
+    batch: _Items
 
 
 _score = msgspec.json.Decoder(Score)
-_list = msgspec.json.Decoder(list[Raw])
+_list = msgspec.json.Decoder(_Items)
 _event = msgspec.json.Decoder(_Event)
 _ingestion = msgspec.json.Decoder(_Ingestion)
 

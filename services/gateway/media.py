@@ -28,7 +28,7 @@ _contents = msgspec.json.Decoder(list[_Message])
 _messages = msgspec.json.Decoder(list[dict[str, Any]])
 
 
-def without_media(messages: msgspec.Raw | None) -> msgspec.Raw | list[dict[str, Any]] | None:
+def without_media(messages: msgspec.Raw | None) -> msgspec.Raw | None:
     """The messages with `data:image/png;sha256,<hex>` for a data URL and `sha256:<hex>` for other base64, in any part
     that is not text; as they are where there is none. The hash is of the characters of the base64.
     """
@@ -46,7 +46,7 @@ def without_media(messages: msgspec.Raw | None) -> msgspec.Raw | list[dict[str, 
         ]
     except UNREADABLE:  # the engine's to judge
         return messages
-    return messages if hashed == decoded else hashed
+    return messages if hashed == decoded else msgspec.Raw(msgspec.json.encode(hashed))
 
 
 def _hash_part(part: Any) -> Any:

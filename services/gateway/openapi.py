@@ -271,7 +271,7 @@ _PATHS: dict[str, Schema] = {
     "/api/public/scores": {
         "post": {
             **_langfuse("A score, or a list of them"),
-            "requestBody": {"required": True, **_json({"type": ["object", "array"]})},
+            "requestBody": {"required": True, **_json({"type": ["object", "array"], "maxItems": MAX_ITEMS})},
         }
     },
     "/api/public/scores/{score_id}": {
@@ -285,7 +285,16 @@ _PATHS: dict[str, Schema] = {
     "/api/public/ingestion": {
         "post": {
             **_langfuse("Events; the scores among them are taken"),
-            "requestBody": {"required": True, **_json({"type": "object", "required": ["batch"]})},
+            "requestBody": {
+                "required": True,
+                **_json(
+                    {
+                        "type": "object",
+                        "required": ["batch"],
+                        "properties": {"batch": {"type": "array", "maxItems": MAX_ITEMS}},
+                    }
+                ),
+            },
         }
     },
     "/api/public/projects": {"get": _langfuse("The one project, for keys that are good")},

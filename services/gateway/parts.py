@@ -44,7 +44,10 @@ class Parts:
     clock: HybridClock
     tally: Tally
     is_draining: bool = False
+    in_progress: int = 0
+    """Requests of any kind that have no answer yet."""
     open_requests: int = 0
+    """Those that are for the engine."""
     open_bytes: int = 0
     """Of their bodies."""
     gateway: GatewaySettings = field(init=False)

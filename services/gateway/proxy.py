@@ -16,7 +16,7 @@ from loop.rollout.routing import Arm, Route, adapter_name, pick_arm
 from services.gateway.answers import Rename
 from services.gateway.asks import Endpoint, read_ask, read_fields, read_model, read_trace
 from services.gateway.capture import Exchange
-from services.gateway.errors import Refusal, read_body
+from services.gateway.errors import UNREADABLE, Refusal, read_body
 from services.gateway.identity import Caller
 from services.gateway.parts import PARTS, Parts
 from services.gateway.regenerate import SOURCE, prompt_key, vote_on_earlier
@@ -30,6 +30,13 @@ NO_RESPONSES = (
     "was given could not be logged; use /v1/chat/completions, which has tools, reasoning and streaming as well"
 )
 _PATH: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+
+class _Models(msgspec.Struct):
+    data: list[dict[str, Any]]
+
+
+_models = msgspec.json.Decoder(_Models)
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -51,8 +58,8 @@ async def models(request: web.Request) -> web.Response:
     if status != 200:
         return web.Response(body=body, status=status, content_type="application/json")
     try:
-        listed: list[dict[str, Any]] = msgspec.json.decode(body)["data"]
-    except (msgspec.DecodeError, KeyError, TypeError) as exc:
+        listed = _models.decode(body).data
+    except UNREADABLE as exc:
         raise Refusal(502, f"the engine's list of models cannot be read: {exc}", code="engine_failed") from exc
     base = next((entry for entry in listed if entry.get("id") == parts.base_name), {})
     entry = {**base, "id": parts.alias, "object": "model", "owned_by": "thumbwheel", "root": parts.alias}

@@ -122,18 +122,20 @@ def redact_text(text: str, recognise: Recogniser) -> str:
 
 
 def _redact(value: Any, recognise: Recogniser) -> Any:
-    """Every text and number in the value, and names of fields that are no identifiers: arguments may have any."""
+    """Every text and number in the value, and names of fields, for arguments may have any. One that is an identifier
+    may be a key at most; to take it for a person's would break what it names.
+    """
     if isinstance(value, str):
         return redact_text(value, recognise)
     if isinstance(value, dict):
         return {
-            name if name.isidentifier() else redact_text(name, recognise): _redact_named(name, inner, recognise)
+            redact_text(name, builtin if name.isidentifier() else recognise): _redact_named(name, inner, recognise)
             for name, inner in value.items()
         }
     if isinstance(value, list):
         return [_redact(inner, recognise) for inner in value]
-    if isinstance(value, int) and not isinstance(value, bool):
-        text = str(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+        text = str(int(value))
         return value if (clean := redact_text(text, recognise)) == text else clean
     return value
 

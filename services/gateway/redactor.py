@@ -18,6 +18,7 @@ import os
 import signal
 import struct
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from services.gateway.redact import builtin, presidio, redact_event
 
 START_TIMEOUT_S = 120.0  # of a recogniser that loads a language model
 TIMEOUT_S = 30.0  # for one event
+RETRY_S = 10.0  # until another is started where one could not be
 _REQUEST = struct.Struct("<I")  # length
 _ANSWER = struct.Struct("<?I")  # whether it went well, length
 
@@ -47,6 +49,7 @@ class Redactor:
             raise ValueError(message)
         self._command = [sys.executable, "-m", "services.gateway.redactor", kind, *([str(config)] if config else [])]
         self._child: Process | None = None
+        self._retry_at_s = 0.0
         self._waiting: asyncio.PriorityQueue[tuple[bool, int, bytes, asyncio.Future[bytes]]] = asyncio.PriorityQueue()
         self._count = 0
         self._task = asyncio.create_task(self._run())
@@ -58,7 +61,7 @@ class Redactor:
         self._waiting.put_nowait((not is_feedback, self._count, event, done))
         try:
             clean = await done
-        except RedactionError:
+        except (RedactionError, asyncio.CancelledError):
             metrics.gateway_redactions.labels("failed").inc()
             raise
         metrics.gateway_redactions.labels("unchanged" if clean == event else "changed").inc()
@@ -78,6 +81,8 @@ class Redactor:
             await self._start()
         while True:
             *_, event, done = await self._waiting.get()
+            if done.done():  # nobody waits for it any more
+                continue
             try:
                 clean = await self._ask(event)
             except RedactionError as exc:
@@ -104,13 +109,18 @@ class Redactor:
         return answer
 
     async def _start(self) -> None:
-        """A child that is ready: it answers an empty event. Raises RedactionError."""
+        """A child that is ready: it answers an empty event. Raises RedactionError, at once where that was tried just
+        now: those that wait must not wait for as many starts.
+        """
+        if time.monotonic() < self._retry_at_s:
+            raise RedactionError("the redactor did not start; its own message is in the gateway's log")
         try:
             self._child = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE)
             async with asyncio.timeout(START_TIMEOUT_S):
                 await self._exchange(b"")
         except (OSError, asyncio.IncompleteReadError) as exc:  # there may be no room for a process
             await self._end_child()
+            self._retry_at_s = time.monotonic() + RETRY_S
             raise RedactionError("the redactor does not start; its own message is in the gateway's log") from exc
 
     async def _exchange(self, event: bytes) -> tuple[bool, bytes]:

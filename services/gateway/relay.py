@@ -86,40 +86,42 @@ class Relay:
             # One is what is taken for granted, but for a message that had several before.
             if count != (parts.recent.get("choices", exchange.key) or "1"):
                 parts.recent.put("choices", exchange.key, count)
-        if answer.is_stream:
-            return await self._send_stream(answer)
+        timer = asyncio.get_running_loop().call_at(answer.deadline_s, self._hang_up)
+        try:
+            return await (self._send_stream(answer) if answer.is_stream else self._send_whole(answer))
+        finally:
+            timer.cancel()
+
+    def _hang_up(self) -> None:
+        """On a client that has not read the answer in time: to close the connection would wait for it."""
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+    async def _send_whole(self, answer: Answer) -> web.StreamResponse:
         if self._is_logged:
             read = functools.partial(_read_body, answer.first) if self._is_captured else Transcript
             await self._wait(self._log(read, len(answer.first)))
         response = web.Response(body=self._rename.answer(answer.first), status=answer.status, headers=self._headers)
-        if parts.is_draining:
-            response.force_close()
-        await self._end(response, answer)  # now, while aiohttp would do it behind all of our accounts
+        await self._end(response)  # now, while aiohttp would do it behind all of our accounts
         return response
 
-    async def _end(self, response: web.StreamResponse, answer: Answer, rest: bytes = b"") -> None:
-        """Send what there is still to be sent, to who reads it in time."""
-        timer = asyncio.get_running_loop().call_at(answer.deadline_s, self._hang_up)
+    async def _end(self, response: web.StreamResponse, rest: bytes = b"") -> None:
+        """Send what there is still to be sent."""
+        if self._parts.is_draining:
+            response.force_close()
         try:
             await response.prepare(self._request)
             await response.write_eof(rest)
         except ConnectionError:  # the client has left, maybe with everything but the end
             pass
-        finally:
-            timer.cancel()
-
-    def _hang_up(self) -> None:
-        if self._request.transport is not None:
-            self._request.transport.abort()  # to close it would wait for the client
 
     async def _send_stream(self, answer: Answer) -> web.StreamResponse:
         response = self._response
         is_complete = False
         try:
             await response.prepare(self._request)
-            async with asyncio.timeout_at(answer.deadline_s):
-                is_complete = await _copy(answer, response, self._stream)
-        except (TimeoutError, ConnectionError):  # a client that has left: the engine is told by closing its connection
+            is_complete = await _copy(answer, response, self._stream)
+        except (TimeoutError, ConnectionError):  # of the engine; a client that has left: closing tells the engine
             pass
         finally:  # on cancellation too, which is how aiohttp says that the client has left
             written = self._log_stream(is_complete) if self._is_logged else None
@@ -130,9 +132,7 @@ class Relay:
             return response
         if written is not None:
             await self._wait(written)
-        if self._parts.is_draining:
-            response.force_close()
-        await self._end(response, answer, self._stream.rest())
+        await self._end(response, self._stream.rest())
         return response
 
     def _log_stream(self, is_complete: bool) -> asyncio.Future[bool]:

@@ -92,11 +92,6 @@ class RouteWatch:
         """The route for one request, open upstream until the block ends."""
         return _Use(self.route, self._open, self._tally)
 
-    @property
-    def open_requests(self) -> int:
-        """Requests that are open upstream."""
-        return self._open.total()
-
     async def watch(self) -> None:
         """Refresh for ever."""
         while True:

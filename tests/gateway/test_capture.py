@@ -24,6 +24,9 @@ from tests.stub_engine import StubEngine
 Stub = tuple[StubEngine, str]
 
 
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
 def lost(reason: str) -> float:
     return REGISTRY.get_sample_value("thumbwheel_gateway_responses_lost_total", {"reason": reason}) or 0.0
 
@@ -38,7 +41,7 @@ async def the_response(gateway: Gateway) -> ResponseLogged:
 async def test_a_response_is_logged_as_it_was_served(gateway: Gateway) -> None:
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
     before_ms, before_s = time.time() * 1000, time.monotonic()
-    headers = {"X-Thumbwheel-Conversation-Id": "c1", "traceparent": "00-ab-cd-01"}
+    headers = {"X-Thumbwheel-Conversation-Id": "c1", "traceparent": TRACE}
     ask = HELLO | {
         "user": "ann",
         "metadata": {"message_id": "m1"},
@@ -52,7 +55,7 @@ async def test_a_response_is_logged_as_it_was_served(gateway: Gateway) -> None:
     assert key_of_response_id(body["id"]) == key_of_message_id("m1")
     assert logged.messages == HELLO["messages"]
     assert (logged.endpoint, logged.alias, logged.adapter, logged.arm) == ("chat", "assistant", "base", "live")
-    assert (logged.conversation_id, logged.message_id, logged.trace) == ("c1", "m1", "00-ab-cd-01")
+    assert (logged.conversation_id, logged.message_id, logged.trace) == ("c1", "m1", TRACE)
     assert logged.rater == hash_rater(b"thumbwheel", "ann") != "ann"
     assert logged.tools == tools
     assert logged.params == {"temperature": 0.3, "logprobs": True}
@@ -186,7 +189,7 @@ async def test_a_client_that_leaves_ends_the_upstream_request_and_is_logged_as_a
     logged = await the_response(gateway)
     assert logged.aborted
     assert logged.choices[0].message["content"].startswith(" word0 word1")
-    assert gateway.parts.routes.open_requests == 0
+    await until(lambda: gateway.parts.open_requests == 0)
 
 
 async def test_a_client_that_leaves_before_the_first_byte_ends_the_request_too(gateway: Gateway, stub: Stub) -> None:

@@ -75,13 +75,13 @@ INJECTIONS = [
 async def test_sql_in_ids_is_only_text(gateway: Gateway, text: str) -> None:
     metadata = {"message_id": text, "conversation_id": text}
     assert (await gateway.chat(user=text, metadata=metadata))[0] == 200
-    for body in ({"message_id": text}, {"message_id": "m", "feedback_id": text, "rater": text, "source": text}):
+    for body in ({"message_id": text}, {"message_id": "m", "feedback_id": text, "rater": text, "reasons": [text]}):
         assert (await gateway.post("/v1/feedback", {"value": "up"} | body))[0] == 202
     (logged,) = gateway.responses()
     assert (logged.message_id, logged.conversation_id) == (text, text)
     assert logged.rater == hash_rater(b"thumbwheel", text)
     one, other = gateway.feedback()
-    assert (one.message_id, other.feedback_id, other.source) == (text, text, text)
+    assert (one.message_id, other.feedback_id, other.reasons) == (text, text, [text])
 
 
 @pytest.mark.parametrize("text", ["a\r\nSet-Cookie: stolen=1", "a\nX-Admin: 1", "a\x00b", "a\x1b[31m", "x" * 512])
@@ -98,9 +98,10 @@ async def test_ids_that_are_none_cost_no_chat_and_reach_no_header_and_no_log(gat
     assert key_of_response_id(logged.response_id) == key_of_message_id(text)
 
 
-@pytest.mark.parametrize("text", ["a\r\nSet-Cookie: stolen=1", "a\nX-Admin: 1", "a\x00b", "a\x1b[31m"])
+@pytest.mark.parametrize("text", ["a\r\nSet-Cookie: stolen=1", "a\nX-Admin: 1", "a\n", "a\x00b", "a\x1b[31m"])
 async def test_line_breaks_in_what_a_vote_says_of_itself_are_refused(gateway: Gateway, stub: Stub, text: str) -> None:
-    for body in ({"message_id": "m", "feedback_id": text}, {"message_id": "m", "rater": text}):
+    for name in ("feedback_id", "rater", "source", "reasons"):
+        body = {"message_id": "m", name: [text] if name == "reasons" else text}
         assert (await gateway.post("/v1/feedback", {"value": "up"} | body))[0] == 422
     status, _, response = await gateway.chat(model=text)
     assert status == 404

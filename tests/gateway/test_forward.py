@@ -88,6 +88,20 @@ def test_records_leave_the_spool_once_the_broker_has_them(tmp_path: Path) -> Non
     spool.close()
 
 
+def test_no_more_is_on_its_way_than_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "BATCH_BYTES", 250)
+    spool = EmbeddedLog(tmp_path / "spool.db", PARTITIONS)
+    spool.write([NewRecord(TOPICS[0], "k", bytes(100)) for _ in range(10)])
+    broker = Broker()
+    going = forwarder(spool, broker)
+    going.step()
+    assert len(broker.records) == 3
+    while not is_empty(spool):
+        going.step()
+    assert len(broker.records) == 10
+    spool.close()
+
+
 def test_an_empty_spool_sends_nothing(tmp_path: Path) -> None:
     spool = EmbeddedLog(tmp_path / "spool.db", PARTITIONS)
     broker = Broker()

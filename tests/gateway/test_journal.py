@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,26 @@ def test_what_is_not_done_is_found_up_to_where_the_file_was_cut(
     assert left_in(path) == whole[done:]
     journal.close()
     assert files(folder / "any") == []
+
+
+def test_what_is_done_is_said_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from loop.log import NewRecord\n"
+        "from services.gateway.journal import Journal\n"
+        "journal = Journal(Path(sys.argv[1]))\n"
+        "place = journal.append(NewRecord('t', 'k', b'v'))\n"
+        "journal.done(place); print('going', flush=True)\n"
+        "while True: journal.done(place)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program, tmp_path / "j"], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"going\n"
+    (path,) = files(tmp_path / "j")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 8, prot=mmap.PROT_READ) as seen:
+        found = {bytes(seen[:8]) for _ in range(100_000)}  # as after a kill -9 at that moment
+    child.kill()
+    child.communicate()
+    assert len(found) == 1
 
 
 def test_a_record_that_was_damaged_ends_what_is_found(tmp_path: Path) -> None:

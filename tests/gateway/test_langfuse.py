@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 from typing import Any
 
 import langfuse
@@ -187,6 +188,12 @@ async def test_scores_are_ingested_and_everything_else_is_let_pass(gateway: Gate
     assert {given.feedback_id for given in gateway.feedback()} == {"langfuse/e2"}
 
 
+async def test_more_events_than_a_call_may_have_are_refused(gateway: Gateway) -> None:
+    status, answer, _ = await gateway.post("/api/public/ingestion", {"batch": [0] * 1_001})
+    assert status == 400
+    assert "length <= 1000" in answer["error"]["message"]
+
+
 async def test_spans_are_taken_and_dropped(gateway: Gateway) -> None:
     for content_type, answer in (("application/x-protobuf", b""), ("application/json", b"{}")):
         async with gateway.http.post(
@@ -217,6 +224,7 @@ async def test_only_who_has_a_key_may_score(start: StartGateway) -> None:
         (b'{"name": "user-feedback", "value": 1}', "no traceId"),
         (b'{"name": "user-feedback", "value": 1, "traceId": "a\\r\\nb"}', "traceId"),
         (b'{"name": "user-feedback", "value": 1, "traceId": "t", "comment": "a\\u0000"}', "comment"),
+        (json.dumps([0] * 1_001).encode(), "length <= 1000"),
     ],
 )
 async def test_bad_scores_get_a_clear_error(gateway: Gateway, body: bytes, said: str) -> None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,39 @@ async def test_open_streams_end_in_order_on_sigterm(process: Process) -> None:
     assert await process.wait_until_ended() == 0
     (logged,) = read_spool(process.spool_path)[0]
     assert not logged.aborted
+
+
+async def test_a_body_on_its_way_is_waited_for_on_sigterm(process: Process) -> None:
+    await process.wait_until_up()
+    chat, vote = json.dumps(HELLO).encode(), json.dumps({"message_id": "m", "value": "up"}).encode()
+    gone_on, halves_sent = asyncio.Event(), asyncio.Barrier(3)
+
+    async def in_halves(body: bytes) -> AsyncIterator[bytes]:
+        yield body[:10]
+        await halves_sent.wait()
+        await gone_on.wait()
+        yield body[10:]
+
+    async with aiohttp.ClientSession() as http:
+        asked = asyncio.gather(
+            http.post(process.url + "/v1/chat/completions", data=in_halves(chat)),
+            http.post(process.url + "/v1/feedback", data=in_halves(vote)),
+        )
+        await halves_sent.wait()
+        await asyncio.sleep(0.2)  # they have come by then, which nothing tells
+        process.child.send_signal(signal.SIGTERM)
+        await until(lambda: refuses(process.url))
+        gone_on.set()
+        assert [response.status for response in await asked] == [200, 202]
+    assert await process.wait_until_ended() == 0
+    (logged,), (given,) = read_spool(process.spool_path)
+    assert (logged.aborted, given.value) == (False, "up")
+
+
+def refuses(url: str) -> bool:
+    """Whether nobody listens there any more."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0
 
 
 @pytest.mark.parametrize("process", ["2"], indirect=True)

@@ -282,13 +282,14 @@ async def test_images_go_through_as_they_are_and_are_logged_as_hashes(
     [
         (b"{", 400, "not a JSON object"),
         (b"[1]", 400, "not a JSON object"),
+        (json.dumps({str(n): 0 for n in range(1_001)}).encode(), 400, "at most 1000 fields"),
         (b'{"model": 5}', 400, "model is 5"),
         (b'{"model": "assistant", "messages": 5}', 400, "not iterable"),  # the engine's own error, passed on
-        (b'{"model": "assistant", "x": "' + b"x" * 5000 + b'"}', 413, "larger than 4096"),
+        (b'{"model": "assistant", "x": "' + b"x" * 20_000 + b'"}', 413, "larger than 16384"),
     ],
 )
 async def test_bad_requests_get_a_clear_error(start: StartGateway, body: bytes, status: int, said: str) -> None:
-    gateway = await start(max_body_bytes=4096)
+    gateway = await start(max_body_bytes=16_384)
     found, answer, _ = await gateway.post("/v1/chat/completions", body)
     assert found == status
     assert said in answer["error"]["message"]
@@ -356,6 +357,16 @@ async def test_an_engine_that_is_dead_or_hangs_up_is_a_503_and_one_that_speaks_n
             assert (status, body["error"]["code"]) == (502, "engine_failed")
         async with gateway.http.get(gateway.url + "/v1/models") as models:
             assert models.status == 502
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b'{"data": null}', b'{"data": [1]}', b"\xff"])
+async def test_a_list_of_models_that_is_none_is_a_502(start: StartGateway, body: bytes) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    async with engine(saying(head + body)) as url:
+        gateway = await start(engine={"urls": [url]})
+        async with gateway.http.get(gateway.url + "/v1/models") as response:
+            assert response.status == 502
+            assert "cannot be read" in (await response.json())["error"]["message"]
 
 
 async def test_an_engine_that_is_too_slow_is_a_503(start: StartGateway) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from loop.events import Choice, FeedbackGiven, ResponseLogged, decode_feedback, decode_response, encode
-from services.gateway import redactor
+from services.gateway import feedback, redactor
 from services.gateway.redact import Span, builtin, presidio, redact_event, redact_text
 from services.gateway.redactor import RedactionError, Redactor
 from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, install_beside, until
@@ -109,7 +109,8 @@ def answered(content: Any) -> list[Choice]:
 
 
 def test_a_changed_response_loses_its_token_ids_and_is_marked() -> None:
-    call = {"function": {"name": "pay", "arguments": json.dumps({"card": 4111111111111111, "to": "a@b.example"})}}
+    paid = {"card": 4111111111111111, "from": 4111111111111111.0, "to": "a@b.example", f"ghp_{KEY}": 0.5, "a b": [True]}
+    call = {"function": {"name": "pay", "arguments": json.dumps(paid)}}
     event = response(
         choices=[Choice({"content": None, "tool_calls": [call]}, 0, [3], "tool_calls", [-0.5]), *answered("fine")],
         messages=[{"role": "user", "content": [{"type": "text", "text": "I am a@b.example"}]}],
@@ -124,7 +125,7 @@ def test_a_changed_response_loses_its_token_ids_and_is_marked() -> None:
     assert [(choice.token_ids, choice.logprobs) for choice in data.choices] == [(None, None)] * 2
     assert (data.messages or [])[0]["content"][0]["text"] == "I am <EMAIL>"
     arguments = data.choices[0].message["tool_calls"][0]["function"]["arguments"]
-    assert json.loads(arguments) == {"card": "<CARD>", "to": "<EMAIL>"}
+    assert json.loads(arguments) == {"card": "<CARD>", "from": "<CARD>", "to": "<EMAIL>", "<KEY>": 0.5, "a b": [True]}
     assert data.params == {"stop": ["<KEY>"], "temperature": 0.5}
     assert (data.response_id, data.conversation_id, data.message_id) == (RESPONSE_ID, "c", "030/1234567")
     assert (data.choices[1].message["content"], data.choices[1].finish_reason) == ("fine", "stop")
@@ -326,10 +327,40 @@ async def test_where_no_redactor_can_be_started_events_are_withheld_until_one_ca
 
         full.setattr(asyncio, "create_subprocess_exec", no_room)
         for _ in range(2):
-            with pytest.raises(RedactionError, match="does not start"):
+            with pytest.raises(RedactionError, match="did not start"):
                 await one.redact(event, is_feedback=False)
+    monkeypatch.setattr(one, "_retry_at_s", 0.0)
     assert b'"redacted":true' in await one.redact(event, is_feedback=False)
     await one.close()
+
+
+async def test_a_redactor_that_hangs_at_its_start_holds_up_no_vote(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, real = [], asyncio.create_subprocess_exec
+
+    async def hanging(*_: object, **pipes: Any) -> asyncio.subprocess.Process:
+        started.append(await real("sleep", "3600", **pipes))
+        return started[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", hanging)
+    monkeypatch.setattr(feedback, "REDACTION_TIMEOUT_S", 0.3)
+    gateway = await start(redaction="builtin")
+    plain: dict[str, Any] = {"message_id": "m", "value": "up"}
+    assert (await gateway.post("/v1/feedback", plain))[0] == 202  # with nothing to be redacted
+    items = [plain | {"comment": CARD, "feedback_id": str(n)} for n in range(1_000)]
+    _, body, _ = await gateway.post("/v1/feedback", {"items": items})  # which would be 300 s, if each waited its 0.3
+    assert [item["status"] for item in body["items"]] == [202] * 1_000
+    assert len(gateway.feedback()) == 1_001
+    assert CARD.encode() not in on_disk(gateway)
+    assert len(started) == 1
+    # Those are forgotten when it can be asked, and not asked one by one.
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", real)
+    started[0].kill()
+    assert gateway.parts.redactor is not None
+    monkeypatch.setattr(redactor, "RETRY_S", 0.0)
+    clean = await gateway.parts.redactor.redact(response(choices=[]), is_feedback=False)
+    assert b'"redacted":true' in clean
 
 
 async def test_what_waits_at_the_end_is_written_first(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:

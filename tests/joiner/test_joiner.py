@@ -22,15 +22,17 @@ from typing import Any
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from pydantic import SecretStr
-from sqlalchemy import Engine, func, select, update
+from sqlalchemy import Engine, delete, func, select, update
 
-from loop.log import NewRecord
+from loop.log import NewRecord, Record
+from loop.log.groups import GroupConsumer
 from loop.log.kafka import SESSION_TIMEOUT_S
 from loop.log.open import open_log
 from loop.settings import JoinerSettings, LogSettings, Settings, StoreSettings
 from loop.store import open_store, write
 from loop.store.engine import IDLE_IN_TRANSACTION_S
-from loop.store.schema import positions, response_index
+from loop.store.joining import Offsets, Reader, go_back, start_positions
+from loop.store.schema import examples, positions, response_index, responses, votes
 from services.joiner import Joiner
 from tests.conftest import wait_until
 from tests.join.joined import examples_in, is_joined, told
@@ -421,7 +423,62 @@ def test_a_log_that_lost_what_was_joined_is_joined_from_its_beginning(
     log.append(events[100:])
     wait_until(lambda: is_joined(store, log, settings), "joined")
     assert examples_in(store) == examples_of(events, settings.log.responses_topic)
-    assert "partitions [0] are read from their beginning" in joiner.actions()
+    assert '"action": "joiner_back", "partitions": [0]' in joiner.actions()
+    assert joiner.signal(signal.SIGTERM) == 0
+    log.close()
+    store.dispose()
+
+
+def test_a_log_that_lost_what_was_joined_and_has_grown_past_it_is_joined_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = embedded(tmp_path)
+    settings = settings.model_copy(update={"log": settings.log.model_copy(update={"partitions": 1})})
+    log, store, stop = open_log(settings.log), open_store(settings.store), threading.Event()
+    events, topics = colliding_events(31, 300), (settings.log.responses_topic, settings.log.feedback_topic)
+    log.append(events[:100])
+    joined_to = [log.end_offsets(topic)[0] for topic in topics]
+    reader = Reader(settings.joiner.group, log.identity())
+    start_positions(store, reader, [0])
+    ahead = Offsets(*(end + 20 for end in joined_to))
+    go_back(store, reader, {0: (Offsets(0, 0), ahead)})  # as if 20 more of each had been joined, and then lost
+    log.append(events[100:])
+    assert all(log.end_offsets(topic)[0] > next_ for topic, next_ in zip(topics, ahead, strict=True))
+    poll, polls = GroupConsumer.poll, []
+
+    def cut(consumer: GroupConsumer, max_records: int, timeout_s: float) -> list[Record]:
+        polls.append(max_records)
+        if len(polls) == 2:  # as Kafka's client does when it learns of it, by the leader's epoch
+            for topic in topics:
+                consumer.seek(topic, 0, 0)
+        return poll(consumer, max_records, timeout_s)
+
+    monkeypatch.setattr(GroupConsumer, "poll", cut)
+    with ThreadPoolExecutor(1) as beside:
+        joining = beside.submit(Joiner(settings, store, log).run, stop)
+        wait_until(lambda: joining.done() or examples_in(store) == examples_of(events, RESPONSES), "joined")
+        stop.set()
+        joining.result()
+    assert is_joined(store, log, settings)
+    log.close()
+    store.dispose()
+
+
+def test_a_store_that_lost_its_last_moments_is_joined_again_though_no_event_follows(
+    start: Start, tmp_path: Path
+) -> None:
+    settings = embedded(tmp_path)
+    log, store = open_log(settings.log), open_store(settings.store)
+    events = colliding_events(32, 300)
+    joiner = start(settings)
+    log.append(events)
+    wait_until(lambda: is_joined(store, log, settings), "joined")
+    with write(store) as connection:  # as a crash of Postgres does to what was committed just before
+        connection.execute(update(positions).values(responses_next=0, feedback_next=0))
+        for table in (examples, response_index, responses, votes):
+            connection.execute(delete(table))
+    wait_until(lambda: is_joined(store, log, settings), "joined again")
+    assert examples_in(store) == examples_of(events, RESPONSES)
     assert joiner.signal(signal.SIGTERM) == 0
     log.close()
     store.dispose()

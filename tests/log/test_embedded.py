@@ -76,6 +76,23 @@ def test_forwarded_records_make_room_and_offsets_go_on(tmp_path: Path) -> None:
     log.close()
 
 
+def test_a_read_is_bounded_in_bytes_and_brings_one_record_at_least(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(tmp_path)
+    log.append([NewRecord("t", "k", bytes(1_000)) for _ in range(100)])
+    (partition,) = (number for number, end in log.end_offsets("t").items() if end)
+    assert [len(log.read("t", partition, 0, 100, size)) for size in (1, 1_000, 2_500, 1_000_000)] == [1, 1, 3, 100]
+    monkeypatch.setattr(groups_module, "POLL_BYTES", 10_000)
+    consumer = log.consumer("readers", ["t"])
+    polls = []
+    while sum(polls) < 100:
+        polls.append(len(consumer.poll(1_000, 0)))
+    assert max(polls) <= 11
+    consumer.close()
+    log.close()
+
+
 def test_old_records_leave_by_age(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.append([NewRecord("t", str(n), b"old") for n in range(2_500)])

@@ -158,24 +158,45 @@ def test_more_replicas_in_sync_than_there_are_is_refused() -> None:
         LogSettings(min_insync_replicas=2)
 
 
-def test_a_partition_that_cannot_be_read_does_not_stop_the_others(apache_kafka: RealKafka) -> None:
+@pytest.mark.parametrize(("by", "max_records"), [("us", 2), ("the broker", 2), ("the broker", 100)])
+def test_a_partition_that_cannot_be_read_does_not_stop_the_others(
+    apache_kafka: RealKafka, caplog: pytest.LogCaptureFixture, by: str, max_records: int
+) -> None:
     settings = apache_kafka.settings(partitions=3)
     log = open_log(settings)
     keys = {partition_of(str(n), 3): str(n) for n in range(100)}
     for value in (b"one", b"two"):
         log.append([NewRecord(settings.feedback_topic, keys[n], value) for n in range(3)])
-    apache_kafka.stop()
     segment = apache_kafka.folder / "log" / f"{settings.feedback_topic}-1" / f"{0:020}.log"
-    segment.write_bytes(segment.read_bytes().replace(b"two", b"too"))  # as a bad disk would
-    apache_kafka.start()
+    whole = segment.read_bytes()
+    second = 12 + int.from_bytes(whole[8:12])  # where the next batch begins, with its offset and size
+    if by == "the broker":  # who walks over the sizes from there to what is asked for
+        damaged, begin = whole[: second + 8] + bytes(4) + whole[second + 12 :], 2
+    else:
+        damaged, begin = whole.replace(b"two", b"too"), 0
+    with segment.open("r+b") as file:
+        file.write(damaged)  # as a bad disk would
     log.append([NewRecord(settings.feedback_topic, keys[n], b"three") for n in range(3)])
     consumer = log.consumer("readers", [settings.feedback_topic])
+    while consumer.assigned() != {0, 1, 2}:
+        consumer.poll(1, 0.2)
+    for partition in range(3):
+        consumer.seek(settings.feedback_topic, partition, begin if partition == 1 else 0)
     read: dict[int, list[bytes]] = {0: [], 1: [], 2: []}
-    while [len(read[n]) for n in (0, 2)] != [3, 3]:
-        for record in consumer.poll(2, 0.2):
+    while [len(read[n]) for n in (0, 2)] != [3, 3] or "left out" not in caplog.text:
+        for record in consumer.poll(max_records, 0.2):
             read[record.partition].append(record.value)
+    (said,) = (found.getMessage() for found in caplog.records if found.levelname == "ERROR")
+    assert said.startswith(f"{settings.feedback_topic} 1 is left out")
+    with segment.open("r+b") as file:
+        file.write(whole)  # mended
+    consumer.seek(settings.feedback_topic, 1, 0)
+    again: list[bytes] = []
+    while len(again) < 3:
+        again += [record.value for record in consumer.poll(2, 0.2)]
     consumer.close()
     log.close()
+    assert again == [b"one", b"two", b"three"]
     assert (read[0], read[2]) == ([b"one", b"two", b"three"],) * 2
     # Where one poll meets both, what comes before the broken bytes waits with them: the store's position is before it.
     assert read[1] in ([], [b"one"])

@@ -20,11 +20,12 @@ from loop.log import NewRecord
 from loop.settings import StoreSettings
 from loop.store import erasures, open_store, write
 from loop.store.bulk import Bulk
-from loop.store.erasures import erase, read_erased
+from loop.store.erasures import _alone, erase, read_erased
 from loop.store.schema import dead_letters, examples, rated_bodies, response_index, responses, votes
 from tests.join.joined import examples_in
 from tests.join.oracle import examples_of
 from tests.join.traffic import FEEDBACK, RESPONSES, START_MS, colliding_events, feedback, response, response_id
+from tests.services_real import RealPostgres
 from tests.store.joined import READER, apply, batch_of, empty
 
 HLC = START_MS << 16
@@ -212,3 +213,10 @@ def test_dead_letters_that_name_an_erased_person_go_and_stay_out(store: Engine) 
     apply(store, READER, Batch(dead_letters=letters), {})
     with store.connect() as connection:
         assert connection.execute(select(dead_letters.c.value)).scalars().all() == [b"{ bob"]
+
+
+def test_an_erasure_survives_a_crash_of_the_server(postgres: RealPostgres) -> None:
+    store = open_store(postgres.new_store())
+    with _alone(store) as bulk:  # a joiner's transactions are not on disk at once: the log has them
+        assert bulk.select("SHOW synchronous_commit") == [("on",)]
+    store.dispose()
