@@ -234,6 +234,7 @@ class KafkaGroupConsumer:
     def __init__(self, consumer: Any, servers: Sequence[str]) -> None:
         self._consumer = consumer
         self._servers = servers
+        self._failed: dict[TopicPartition, int] = {}  # the position at which a partition could not be read, once
 
     def assigned(self) -> set[int]:
         """Partition numbers that this member owns now, as of the last poll."""
@@ -245,6 +246,7 @@ class KafkaGroupConsumer:
         """
         place = TopicPartition(topic, partition)
         with suppress(ValueError, KeyError):
+            self._failed.pop(place, None)
             self._consumer.seek(place, offset)
             self._consumer.resume(place)  # if it was left out
 
@@ -288,6 +290,7 @@ class KafkaGroupConsumer:
     def _leave_out(self, exc: KafkaError, earlier: Any) -> None:
         """Stop reading the partition whose bytes are broken on the broker's disk, or packed as nobody here can unpack
         them, so that the others go on. `earlier` is what kafka-python 3.0.12 kept from its last poll to raise in this.
+        Only when it fails again: the client also keeps the answer to what it asked before the last `seek`.
         """
         fetcher = self._consumer._fetcher
         fetched = fetcher._next_partition_records
@@ -299,6 +302,10 @@ class KafkaGroupConsumer:
             place = next(reversed(self._consumer._subscription.assignment))
         if fetched and fetched.topic_partition == place:
             fetcher._next_partition_records = None  # else it would spin on it for ever in its next poll
+        position = self.position(*place)
+        if self._failed.get(place) != position:
+            self._failed[place] = position
+            return
         self._consumer.pause(place)
         message = "%s %d is left out until it is assigned anew: %s"
         log.error(message, place.topic, place.partition, exc, extra={"action": "partition_unreadable"})
