@@ -32,10 +32,12 @@ IMPLICIT_SOURCES = frozenset({"regenerate", "copy", "edit"})
 # Postgres' text holds every character but NUL. That is said here, and checked in `_checked`: a regular expression for
 # each of these strings took a seventh of the time.
 _NO_NUL = {"pattern": r"^[^\x00]*$"}
+_SAYS_NUL = re.compile(rb"\\u0000").search  # JSON's only form of it; in half of the time that `in` takes
 MAX_ID_CHARS = 256
 Id = Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS, extra_json_schema=_NO_NUL)]
 ResponseId = Annotated[str, msgspec.Meta(max_length=80, pattern=_RESPONSE_ID.pattern)]
-Key = Annotated[str, msgspec.Meta(max_length=16, pattern=r"^[0-9a-f]{16}$")]
+# Checked by `loop.join`, which knows what it must be equal to.
+Key = Annotated[str, msgspec.Meta(max_length=16, extra_json_schema={"pattern": r"^[0-9a-f]{16}$"})]
 Name = Annotated[str, msgspec.Meta(max_length=160, extra_json_schema=_NO_NUL)]
 ShortName = Annotated[str, msgspec.Meta(max_length=64, extra_json_schema=_NO_NUL)]
 Arm = Annotated[str, msgspec.Meta(max_length=16, extra_json_schema=_NO_NUL)]
@@ -225,7 +227,7 @@ def _checked(decoder: msgspec.json.Decoder[Any], expected_type: str, value: byte
         raise EventError(str(exc)) from exc
     if envelope.type != expected_type:
         raise EventError(f"type is {envelope.type!r}, expected {expected_type!r} on this topic")
-    if b"\\u0000" in value:  # JSON's only form of it
+    if _SAYS_NUL(value):
         for part, at in ((envelope, "$"), (envelope.data, "$.data")):
             if broken := [name for name in _WITHOUT_NUL[type(part)] if "\0" in (getattr(part, name) or "")]:
                 raise EventError(f"Expected `str` without NUL - at `{at}.{broken[0]}`")

@@ -316,7 +316,7 @@ class Joiner:
         """On SQLite, where writers take turns, find the batch that is joined in SQLITE_TRANSACTION_S."""
         if self._store.dialect.name == "sqlite" and events >= self._max_events // 2:
             fitting = int(events * min(2.0, max(0.5, SQLITE_TRANSACTION_S / seconds)))
-            self._max_events = max(MIN_BATCH_EVENTS, min(self._settings.batch_events, fitting))
+            self._max_events = min(self._settings.batch_events, max(MIN_BATCH_EVENTS, fitting))
 
     def _commit(self, consumer: Consumer) -> None:
         if self._joined:
