@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +46,6 @@ from loop.store.joining import (
     Reader,
     Span,
     apply,
-    go_back,
     prepare,
     read_positions,
     start_positions,
@@ -271,37 +270,26 @@ class Joiner:
         log.info("partitions %s are ours", numbers, extra={"action": "joiner_assigned", "partitions": numbers})
 
     def _place(self, polled: list[Record]) -> tuple[list[Record], dict[int, Span]]:
-        """The records that are behind our positions, and the span of offsets that they move each partition over.
+        """The records of partitions that we have sought, and the span of offsets that they move each over; the others
+        came to us within the poll, and are left for after the seek.
 
         Offsets may have gaps (retention, a broker's own records), so the span begins at our position, not at the first
-        record. Records of a partition that came to us within the poll are left for after the seek.
+        record. It ends before it began where the log goes back: brokers have lost what we joined, and others have its
+        offsets now, or the partition had left us for a moment. We do not ask which, as to join again is harmless, and
+        the log's end does not tell once it has grown past us.
         """
         records: list[Record] = []
         ends: dict[int, list[int]] = {}
-        back: dict[int, list[int]] = {}
         for (topic, partition), grouped in groupby(polled, key=attrgetter("topic", "partition")):
             if (start := self._next.get(partition)) is None:
                 continue
             run, n = list(grouped), self._topics.index(topic)
+            if (first := run[0].offset) < start[n]:
+                message = "%s %d: joining again from %d, after %d"
+                log.warning(message, topic, partition, first, start[n], extra={"action": "joiner_back"})
             records += run
             ends.setdefault(partition, list(start))[n] = run[-1].offset + 1
-            if run[0].offset < start[n]:
-                place = back.setdefault(partition, list(start))
-                place[n] = min(place[n], run[0].offset)
-        if back:
-            self._go_back({partition: (self._next[partition], Offsets(*to)) for partition, to in back.items()})
         return records, {partition: (self._next[partition], Offsets(*end)) for partition, end in ends.items()}
-
-    def _go_back(self, spans: Mapping[int, Span]) -> None:
-        """The log gave what lies before where we read on. Either the partition had left us for a moment, or brokers
-        have lost what we joined, and others have its offsets now. To join again is harmless, so we do not ask which:
-        the log's end does not tell, once it has grown past us. Raises PositionMovedError.
-        """
-        self._finish()
-        go_back(self._store, self._reader, spans)
-        places = {partition: tuple(to) for partition, (_, to) in spans.items()}
-        log.warning("joining again from %s", places, extra={"action": "joiner_back", "partitions": sorted(places)})
-        raise PositionMovedError(f"partitions {sorted(places)} were read from before their positions")
 
     def _check_store(self) -> None:
         """Whether the store still has what we joined: Postgres may lose its last moments, and where no event follows,

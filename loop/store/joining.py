@@ -161,12 +161,6 @@ def start_positions(engine: Engine, reader: Reader, partitions: Iterable[int]) -
     return {partition: found[partition] for partition in wanted}
 
 
-def go_back(engine: Engine, reader: Reader, spans: Mapping[int, Span]) -> None:
-    """Have the reader read on where these spans end. Raises PositionMovedError, StoreUnavailableError."""
-    with reaching(engine), write(engine) as connection:
-        _advance(open_bulk(connection), reader, spans)
-
-
 def read_positions(engine: Engine, reader: Reader) -> dict[int, Offsets]:
     """Where the reader stands in each partition that it ever had; changes nothing, unlike `start_positions`.
 

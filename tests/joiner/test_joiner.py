@@ -14,7 +14,8 @@ import time
 import tracemalloc
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,14 @@ from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from pydantic import SecretStr
 from sqlalchemy import Engine, delete, func, select, update
 
-from loop.log import NewRecord, Record
+from loop.log import EventLog, NewRecord, Record
 from loop.log.groups import GroupConsumer
 from loop.log.kafka import SESSION_TIMEOUT_S
 from loop.log.open import open_log
 from loop.settings import JoinerSettings, LogSettings, Settings, StoreSettings
 from loop.store import open_store, write
 from loop.store.engine import IDLE_IN_TRANSACTION_S
-from loop.store.joining import Offsets, Reader, go_back, start_positions
+from loop.store.joining import Reader, start_positions
 from loop.store.schema import examples, positions, response_index, responses, votes
 from services.joiner import Joiner
 from tests.conftest import wait_until
@@ -272,6 +273,19 @@ def test_offsets_that_no_record_has_are_no_lag(start: Start, apache_kafka: RealK
     store.dispose()
 
 
+@contextmanager
+def joining(settings: Settings, store: Engine, log: EventLog) -> Iterator[Future[None]]:
+    """A joiner in a thread, stopped with the block; what it raised is raised then."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as beside:
+        joined = beside.submit(Joiner(settings, store, log).run, stop)
+        try:
+            yield joined
+        finally:
+            stop.set()
+        joined.result()
+
+
 def memory_in_use() -> int:
     time.sleep(0.05)  # what was joined is let go of in the next round
     gc.collect()
@@ -280,22 +294,18 @@ def memory_in_use() -> int:
 
 def test_its_memory_does_not_grow_with_what_it_joins(tmp_path: Path) -> None:
     settings = embedded(tmp_path).model_copy(update={"joiner": JoinerSettings(batch_events=100, poll_timeout_s=0.01)})
-    log, store, stop = open_log(settings.log), open_store(settings.store), threading.Event()
+    log, store = open_log(settings.log), open_store(settings.store)
     events = colliding_events(3, 4_000)
     grown_by = []
     tracemalloc.start()
     try:
-        with ThreadPoolExecutor(1) as beside:
-            joining = beside.submit(Joiner(settings, store, log).run, stop)
+        with joining(settings, store, log) as joined:
             for first in range(0, 4_000, 1_000):
                 log.append(events[first : first + 1_000])
-                wait_until(lambda: is_joined(store, log, settings) or joining.done(), "joined")
+                wait_until(lambda: is_joined(store, log, settings) or joined.done(), "joined")
                 grown_by.append(min(memory_in_use() for _ in range(10)))
-            stop.set()
-            joining.result()
     finally:
         tracemalloc.stop()
-        stop.set()
     size = sum(len(event.value) for event in events[2_000:])
     # The first ones warm caches up; of the rest not even a twentieth stays.
     assert grown_by[3] - grown_by[1] < size / 20, grown_by
@@ -428,7 +438,7 @@ def test_a_log_that_lost_what_was_joined_is_joined_from_its_beginning(
     log.append(events[100:])
     wait_until(lambda: is_joined(store, log, settings), "joined")
     assert examples_in(store) == examples_of(events, settings.log.responses_topic)
-    assert '"action": "joiner_back", "partitions": [0]' in joiner.actions()
+    assert '"action": "joiner_back"' in joiner.actions()
     assert joiner.signal(signal.SIGTERM) == 0
     log.close()
     store.dispose()
@@ -439,14 +449,15 @@ def test_a_log_that_lost_what_was_joined_and_has_grown_past_it_is_joined_from_th
 ) -> None:
     settings = embedded(tmp_path)
     settings = settings.model_copy(update={"log": settings.log.model_copy(update={"partitions": 1})})
-    log, store, stop = open_log(settings.log), open_store(settings.store), threading.Event()
+    log, store = open_log(settings.log), open_store(settings.store)
     events, topics = colliding_events(31, 300), (settings.log.responses_topic, settings.log.feedback_topic)
     log.append(events[:100])
     joined_to = [log.end_offsets(topic)[0] for topic in topics]
     reader = Reader(settings.joiner.group, log.identity())
     start_positions(store, reader, [0])
-    ahead = Offsets(*(end + 20 for end in joined_to))
-    go_back(store, reader, {0: (Offsets(0, 0), ahead)})  # as if 20 more of each had been joined, and then lost
+    ahead = [end + 20 for end in joined_to]
+    with write(store) as connection:  # as if 20 more of each had been joined, and then lost
+        connection.execute(update(positions).values(responses_next=ahead[0], feedback_next=ahead[1]))
     log.append(events[100:])
     assert all(log.end_offsets(topic)[0] > next_ for topic, next_ in zip(topics, ahead, strict=True))
     poll, polls = GroupConsumer.poll, []
@@ -459,11 +470,8 @@ def test_a_log_that_lost_what_was_joined_and_has_grown_past_it_is_joined_from_th
         return poll(consumer, max_records, timeout_s)
 
     monkeypatch.setattr(GroupConsumer, "poll", cut)
-    with ThreadPoolExecutor(1) as beside:
-        joining = beside.submit(Joiner(settings, store, log).run, stop)
-        wait_until(lambda: joining.done() or examples_in(store) == examples_of(events, RESPONSES), "joined")
-        stop.set()
-        joining.result()
+    with joining(settings, store, log) as joined:
+        wait_until(lambda: joined.done() or examples_in(store) == examples_of(events, RESPONSES), "joined", 60.0)
     assert is_joined(store, log, settings)
     log.close()
     store.dispose()
