@@ -28,6 +28,7 @@ _INT = struct.Struct("!iq")
 _NULL = _LENGTH.pack(-1)
 _POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]
 ROWS_PER_STATEMENT = (500, 50, 5, 1)
+STAGED_MB = 64  # of Postgres' memory for what is staged, as far as it is used: of its default, 8, some goes to disk
 
 
 class Bulk(Protocol):
@@ -134,7 +135,10 @@ class PostgresBulk:
     def stage(self, columns: Sequence[Column[Any]], rows: Staged) -> None:
         # Not LIKE: it locks the table until the transaction ends, and who is stopped in COPY would hold up all others.
         types = ", ".join(f'"{column.name}" {column.type.compile(_POSTGRES)}' for column in columns)
-        self._cursor.execute(f"CREATE TEMPORARY TABLE IF NOT EXISTS staged ({types}) ON COMMIT DELETE ROWS")
+        self._cursor.execute(
+            f"SET LOCAL temp_buffers = '{STAGED_MB} MB';"
+            f" CREATE TEMPORARY TABLE IF NOT EXISTS staged ({types}) ON COMMIT DELETE ROWS"
+        )
         with self._cursor.copy("COPY staged FROM STDIN (FORMAT BINARY)") as copy:
             copy.write(rows)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.gateway import load, process, report
+from tests.bench.share import held
 from tests.ports import free_port
 
 NUMBERS = (1, 2, 4)
@@ -22,7 +23,6 @@ SHARE = 0.12  # of a core, for each process
 CLIENTS = 64  # enough for the kernel to deal them out evenly
 SECONDS = 4.0
 ROUNDS = 5
-PERIOD_US = 10_000  # short: who has used his share up waits for as long as this at most
 
 
 def main() -> None:
@@ -71,28 +71,8 @@ def gateways(number: int, engine: str, folder: Path) -> Iterator[str]:
         pids = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split() or [str(parent.pid)]
         assert len(pids) == number
         for pid in pids:
-            stack.enter_context(held(pid))
+            stack.enter_context(held(int(pid), SHARE))
         yield url
-
-
-@contextmanager
-def held(pid: str) -> Iterator[None]:
-    """Let the process have no more than SHARE of a core."""
-    quota_us = int(SHARE * PERIOD_US)
-    root, limits = Path("/sys/fs/cgroup"), {"cpu.max": f"{quota_us} {PERIOD_US}"}
-    if not (root / "cgroup.controllers").exists():  # version 1
-        root, limits = root / "cpu", {"cpu.cfs_period_us": str(PERIOD_US), "cpu.cfs_quota_us": str(quota_us)}
-    group = root / f"thumbwheel-bench-{pid}"
-    group.mkdir()
-    try:
-        for name, limit in limits.items():
-            (group / name).write_text(limit)
-        (group / "cgroup.procs").write_text(pid)
-        yield
-    finally:
-        for left in (group / "cgroup.procs").read_text().split():
-            (root / "cgroup.procs").write_text(left)
-        group.rmdir()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Joiner speed: `python -m tests.bench.join [--on embedded kafka]`. One JSON line for each run, then medians.
 
 `embedded`: the embedded log and SQLite. `kafka`: a real Apache Kafka and a real Postgres on the same machine. One
-joiner and two, each a process. Beside each run a bare loop that only reads and decodes the same log: the limit.
+joiner and two, each a process. Beside each run a bare loop that only reads and decodes the same log: the limit. Two
+cores are not enough for two joiners and their Postgres: `--share 0.35` holds each joiner to so much of one (as root).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from loop.log.open import open_log
 from loop.settings import JoinerSettings, LogSettings, Settings, StoreSettings
 from loop.store import open_store
 from loop.store.schema import positions
+from tests.bench.share import held
 from tests.ports import free_port
 from tests.services_real import RealKafka, kafka_home, postgres_binaries, running_postgres
 
@@ -61,29 +63,31 @@ def main() -> None:
     parser.add_argument("--on", nargs="+", choices=list(DEFAULTS), default=list(DEFAULTS))
     parser.add_argument("--events", type=int)
     parser.add_argument("--runs", type=int)
+    parser.add_argument("--share", type=float, help="of a core, for each joiner")
     options = parser.parse_args()
     for on in options.on:
         events, runs = options.events or DEFAULTS[on][0], options.runs or DEFAULTS[on][1]
         with {"embedded": embedded, "kafka": kafka_and_postgres}[on]() as new_settings:
             size = fill(new_settings(0), events, 0.0 if on == "embedded" else LONG_SHARE)
-            compare(on, new_settings, events, runs, size)
+            compare(on, new_settings, events, runs, size, options.share)
 
 
-def compare(on: str, new_settings: NewSettings, events: int, runs: int, size: float) -> None:
+def compare(on: str, new_settings: NewSettings, events: int, runs: int, size: float, share: float | None) -> None:
     """Print each run's figures, and their medians."""
     lines = []
     for n in range(runs):
         bare = read_bare(new_settings(n), events)
         line = {"bare_per_s": bare}
         for joiners in JOINERS:
-            joined = join_all(new_settings(n * 10 + joiners), events, joiners)
+            joined = join_all(new_settings(n * 10 + joiners), events, joiners, share)
             line |= {f"{name}_{joiners}": value for name, value in joined.items()}
             line[f"of_bare_{joiners}"] = joined["events_per_s"] / bare
         line["two_of_one"] = line["events_per_s_2"] / line["events_per_s_1"]
         lines.append(line)
         _print("join_run", {"on": on, **line})
     medians = {name: statistics.median(line[name] for line in lines) for name in lines[0]}
-    _print("join", {"on": on, **medians, "events": events, "event_bytes": size, "runs": runs})
+    held_to = {} if share is None else {"share_of_a_core_each": share}
+    _print("join", {"on": on, **medians, **held_to, "events": events, "event_bytes": size, "runs": runs})
 
 
 @contextmanager
@@ -222,7 +226,7 @@ def _kafka_values(settings: Settings) -> Iterator[list[tuple[bool, bytes]]]:
         consumer.close()
 
 
-def join_all(settings: Settings, events: int, joiners: int) -> dict[str, float]:
+def join_all(settings: Settings, events: int, joiners: int, share: float | None) -> dict[str, float]:
     """Events a second that `joiners` processes join into a new store, after WARM_UP of them; most memory of one, at the
     warm-up's end and at the end.
     """
@@ -234,7 +238,10 @@ def join_all(settings: Settings, events: int, joiners: int) -> dict[str, float]:
             return int(connection.execute(query).scalar_one())
 
     processes = [_start(settings) for _ in range(joiners)]
+    holding = ExitStack()
     try:
+        for process in processes:
+            holding.enter_context(nullcontext() if share is None else held(process.pid, share))
         while (first := joined()) < WARM_UP * events:
             time.sleep(0.1)  # how often we look: not so often that a reader is in the way
         began, early_mb = time.perf_counter(), _peak_mb(processes)
@@ -243,6 +250,7 @@ def join_all(settings: Settings, events: int, joiners: int) -> dict[str, float]:
         seconds = time.perf_counter() - began
         return {"events_per_s": (events - first) / seconds, "early_mb": early_mb, "peak_mb": _peak_mb(processes)}
     finally:
+        holding.close()
         for process in processes:
             process.terminate()
         for process in processes:
