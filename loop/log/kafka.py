@@ -289,8 +289,8 @@ class KafkaGroupConsumer:
 
     def _leave_out(self, exc: KafkaError, earlier: Any) -> None:
         """Stop reading the partition whose bytes are broken on the broker's disk, or packed as nobody here can unpack
-        them, so that the others go on. `earlier` is what kafka-python 3.0.12 kept from its last poll to raise in this.
-        Only when it fails again: the client also keeps the answer to what it asked before the last `seek`.
+        them, so that the others go on; only when it fails again at its position, for kafka-python 3.0.12 keeps the
+        answer to what it asked before a `seek`. `earlier` is what it kept from its last poll to raise in this one.
         """
         fetcher = self._consumer._fetcher
         fetched = fetcher._next_partition_records
