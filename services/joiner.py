@@ -36,6 +36,7 @@ from loop import metrics
 from loop.join import Batch, read_batch
 from loop.log import Consumer, EventLog, LogUnavailableError, Record
 from loop.log.open import open_log
+from loop.memory import keep_freed_memory
 from loop.settings import Settings
 from loop.store import open_store
 from loop.store.engine import StoreUnavailableError, checkpoint
@@ -76,6 +77,7 @@ def run_joiner(settings: Settings, stop: threading.Event) -> None:
     sys.setswitchinterval(SWITCH_S)
     gc.set_threshold(COLLECT_EVERY)
     sys.setrecursionlimit(RECURSION_LIMIT)
+    keep_freed_memory()
     server, thread = start_http_server(settings.joiner.metrics_port, addr=settings.gateway.host)
     try:
         store = when_there(lambda: open_store(settings.store), stop, _say)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,8 +188,7 @@ class RealPostgres:
     folder: Path
     user: str
     port: int = field(default_factory=free_port)
-    fsync: bool = False
-    max_wal_size: str = "1GB"  # Postgres' default
+    settings: Sequence[str] = ("fsync=off",)
     crash: ClassVar = {"mode": "immediate"}
 
     def new_store(self) -> StoreSettings:
@@ -207,8 +206,8 @@ class RealPostgres:
         if not (self.folder / "data").exists():
             # C: this cluster's databases are thrown away, and no test needs a language's order.
             self._run("initdb", "-A", "trust", "-U", "thumbwheel", "--no-locale", "-E", "UTF8", "--no-sync")
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
-        options += f" -c fsync={str(self.fsync).lower()} -c max_wal_size={self.max_wal_size}"
+        settings = (f"port={self.port}", "listen_addresses=127.0.0.1", "unix_socket_directories=", *self.settings)
+        options = " ".join(f"-c {setting}" for setting in settings)
         self._run(
             "pg_ctl", "-w", "-t", f"{START_S:.0f}", "-l", str(self.folder / "postgres.log"), "-o", options, "start"
         )
@@ -241,15 +240,15 @@ def postgres_binaries() -> Path | None:
 
 
 @contextmanager
-def running_postgres(binaries: Path, *, fsync: bool = False, max_wal_size: str = "1GB") -> Iterator[RealPostgres]:
-    """A cluster of its own, gone at the end."""
+def running_postgres(binaries: Path, settings: Sequence[str] = ("fsync=off",)) -> Iterator[RealPostgres]:
+    """A cluster of its own with these settings (`name=value`), gone at the end."""
     users = {user.pw_name for user in pwd.getpwall()}
     user = next((name for name in ("postgres", "nobody") if name in users), "nobody")
     folder = Path(tempfile.mkdtemp())
     try:
         if os.getuid() == 0:
             shutil.chown(folder, user)
-        cluster = RealPostgres(binaries, folder, user, fsync=fsync, max_wal_size=max_wal_size)
+        cluster = RealPostgres(binaries, folder, user, settings=settings)
         cluster.start()
         yield cluster
         cluster.stop("immediate")

@@ -109,7 +109,7 @@ def kafka_and_postgres() -> Iterator[NewSettings]:
         raise SystemExit("expected KAFKA_HOME to be an unpacked Apache Kafka, with Java on the PATH, and a Postgres")
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_postgres(binaries, fsync=True, max_wal_size="8GB") as postgres,  # as in deploy/compose.yaml
+        running_postgres(binaries, ("max_wal_size=8GB", "shared_buffers=2GB")) as postgres,  # as in deploy/compose.yaml
     ):
         broker = RealKafka(home, Path(folder))
         broker.start()
