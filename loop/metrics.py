@@ -42,7 +42,9 @@ gateway_spool_records = Gauge(
 gateway_route_generation = Gauge(
     "thumbwheel_gateway_route_generation", "Generation of the route in use.", ["alias"], multiprocess_mode="livemin"
 )
-gateway_route_retries = Counter("thumbwheel_gateway_route_retries", "Requests tried again after the engine's 404.")
+gateway_route_retries = Counter(
+    "thumbwheel_gateway_route_retries", "Requests tried again, for no engine had the adapter."
+)
 
 # Joiner
 joiner_events = Counter("thumbwheel_joiner_events", "Events joined, by topic.", ["topic"])

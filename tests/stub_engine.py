@@ -84,6 +84,8 @@ async def models(request: web.Request) -> web.Response:
 async def tokenize(request: web.Request) -> web.Response:
     body = await request.json()
     request.app[ENGINE].requests.append(body)
+    if body["model"] not in request.app[ENGINE].models:
+        return _unknown(body["model"])
     return web.json_response({"count": 1, "max_model_len": 512, "tokens": [277], "token_strs": None})
 
 
@@ -107,8 +109,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
         engine.requests.append(body)
         engine.headers.append(dict(request.headers))
     if body["model"] not in engine.models:
-        message = f"The model `{body['model']}` does not exist. Valid aliases: base."
-        return _error(404, message, "NotFoundError", "model")
+        return _unknown(body["model"])
     is_chat = request.path == "/v1/chat/completions"
     if is_chat and not isinstance(body.get("messages"), list):
         return _error(400, "'int' object is not iterable", "BadRequestError", None)
@@ -135,6 +136,10 @@ def _hang_up(request: web.Request) -> web.Response:
     assert request.transport is not None
     request.transport.close()
     return web.Response()
+
+
+def _unknown(model: str) -> web.Response:
+    return _error(404, f"The model `{model}` does not exist. Valid aliases: base.", "NotFoundError", "model")
 
 
 def _error(code: int, message: str, kind: str, param: str | None) -> web.Response:

@@ -31,14 +31,14 @@ from services.gateway.engines import Engines
 from services.gateway.errors import Refusal
 from services.gateway.feedback import feedback
 from services.gateway.forward import forwarding
-from services.gateway.identity import KeyRing, is_loopback
+from services.gateway.identity import FEEDBACK_TOKEN, KeyRing, is_loopback
 from services.gateway.langfuse import create_scores, delete_score, drop_traces, ingest, projects
 from services.gateway.openapi import document, page
 from services.gateway.parts import MAX_HEADERS, PARTS, Parts
 from services.gateway.proxy import chat_completions, completions, models, not_served, pass_through
 from services.gateway.recent import RECENT, Recent
 from services.gateway.redactor import Redactor
-from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
+from services.gateway.relay import RESPONSE_ID
 from services.gateway.routes import RouteWatch
 from services.gateway.spool import CLOCK, Spool
 from services.gateway.tally import Tally

@@ -6,11 +6,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from urllib.parse import urlsplit
+
+import msgspec
 
 from loop.settings import EngineSettings
 from services.gateway.connection import Connection, GarbageError
-from services.gateway.errors import Refusal
+from services.gateway.errors import UNREADABLE, Refusal
 
 HEALTH_EVERY_S = 1.0
 HEALTH_TIMEOUT_S = 2.0
@@ -19,8 +22,33 @@ DEAD_AFTER_MISSES = 3
 RETRY_AFTER_S = 1
 # Uvicorn closes idle connections after 5 s: one that we might find closed is better not used any more.
 IDLE_CONNECTION_S = 4.0
+# A replica that has not the adapter (it was restarted) is not asked for it, if another one can be; then it may have it.
+LACKS_FOR_S = 1.0
 
 _log = logging.getLogger(__name__)
+
+
+class AdapterLostError(Refusal):
+    """No replica that could be asked serves the model."""
+
+    def __init__(self, model: str) -> None:
+        message = f"no engine serves the model {model!r} now; try again"
+        super().__init__(503, message, code="adapter_not_loaded", retry_after_s=RETRY_AFTER_S)
+
+
+class _Models(msgspec.Struct):
+    data: list[dict[str, Any]]
+
+
+_models = msgspec.json.Decoder(_Models)
+
+
+def read_models(body: bytes) -> list[dict[str, Any]]:
+    """The entries of an engine's list of models. Raises GarbageError."""
+    try:
+        return _models.decode(body).data
+    except UNREADABLE as exc:
+        raise GarbageError(f"its list of models cannot be read: {exc}") from exc
 
 
 class Replica:
@@ -32,6 +60,8 @@ class Replica:
         self.is_up = True
         self.misses = 0
         """Checks of its health in a row that it did not answer."""
+        self.lacks: dict[str, float] = {}
+        """Until when no request for such a model is for it, by the event loop's clock."""
         self.unanswered: set[Connection] = set()
         """Those whose answer's first byte has not come, and whose request another replica may be asked."""
         self._idle: list[tuple[float, Connection]] = []
@@ -122,18 +152,18 @@ class Engines:
         return any(replica.is_up for replica in self.replicas)
 
     async def post(
-        self, path: str, body: bytes, headers: Mapping[str, str], on_headers: OnHeaders | None = None
+        self, path: str, body: bytes, headers: Mapping[str, str], model: str, on_headers: OnHeaders | None = None
     ) -> Answer:
-        """The answer of the least loaded replica, from the body's first byte on. One that fails before that is left for
-        another one; `on_headers` is called with each answer when it has its headers only.
+        """The answer of the least loaded replica that serves the model, from the body's first byte on. One that fails
+        before that is left for another one; `on_headers` is called with each answer when it has its headers only.
 
-        Raises Refusal 502 or 503.
+        Raises Refusal 502 or 503, the latter as AdapterLostError where no replica serves the model.
         """
-        return await self._send("POST", path, body, headers, on_headers)
+        return await self._send("POST", path, body, headers, model, on_headers)
 
     async def get(self, path: str) -> Answer:
         """The same for a GET."""
-        return await self._send("GET", path, b"", {})
+        return await self._send("GET", path, b"", {}, None, None)
 
     async def watch(self) -> None:
         """Look after the replicas' health for ever."""
@@ -147,36 +177,62 @@ class Engines:
             replica.prune(0.0)
 
     async def _send(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str], on_headers: OnHeaders | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        model: str | None,
+        on_headers: OnHeaders | None,
     ) -> Answer:
         tried: list[Replica] = []
         # A single replica gets a second try too: a pooled connection may have been closed at that very moment.
         for tries_left in reversed(range(max(2, len(self.replicas)))):
-            replica = self._least_loaded(tried)
+            replica = self._least_loaded(model, tried)
             head = self._head(replica, method, path, body, headers)
             try:
-                return await self._ask(replica, head, body, on_headers, may_move=tries_left > 0)
-            except ConnectionError as exc:
+                return await self._ask(replica, head, body, model, on_headers, may_move=tries_left > 0)
+            except (ConnectionError, AdapterLostError) as exc:
                 tried.append(replica)
                 failure = exc
+                if isinstance(exc, AdapterLostError) and len(self.replicas) == 1:
+                    break
             except TimeoutError as exc:
                 message = f"the engine did not answer within {self._timeout_s:g} s"
                 raise Refusal(503, message, code="engine_timeout", retry_after_s=RETRY_AFTER_S) from exc
             except GarbageError as exc:
                 raise Refusal(502, f"the engine's answer is not HTTP: {exc}", code="engine_failed") from exc
+        if isinstance(failure, AdapterLostError):
+            raise failure
         message = f"no engine takes requests now ({type(failure).__name__}); try again"
         raise Refusal(503, message, code="engine_unavailable", retry_after_s=RETRY_AFTER_S) from failure
 
-    def _least_loaded(self, tried: Sequence[Replica]) -> Replica:
+    def _least_loaded(self, model: str | None, tried: Sequence[Replica]) -> Replica:
         if len(self.replicas) == 1:
             return self.replicas[0]
-        return min(self.replicas, key=lambda replica: (replica in tried, not replica.is_up, replica.open_requests))
+        now_s = self._loop.time()
+        return min(
+            self.replicas,
+            key=lambda replica: (
+                replica in tried,
+                not replica.is_up,
+                model is not None and replica.lacks.get(model, 0.0) > now_s,
+                replica.open_requests,
+            ),
+        )
 
     async def _ask(
-        self, replica: Replica, head: bytes, body: bytes, on_headers: OnHeaders | None, *, may_move: bool
+        self,
+        replica: Replica,
+        head: bytes,
+        body: bytes,
+        model: str | None,
+        on_headers: OnHeaders | None,
+        *,
+        may_move: bool,
     ) -> Answer:
         """The answer up to its first byte, for until then another replica can give it; all of it where the engine does
-        not stream. Raises ConnectionError, TimeoutError and GarbageError.
+        not stream. Raises AdapterLostError, ConnectionError, TimeoutError and GarbageError.
         """
         replica.open_requests += 1
         connection = None
@@ -190,6 +246,10 @@ class Engines:
             if on_headers is not None:
                 on_headers(answer)
             answer.first = await (connection.read() if answer.is_stream else connection.read_all())
+            if answer.status == 404 and model is not None:
+                await self._look_for(model, replica)
+            elif answer.status >= 500 and may_move:
+                await self._look_after(replica)
             return answer
         except BaseException:  # on cancellation too: the client has left
             replica.open_requests -= 1
@@ -199,6 +259,40 @@ class Engines:
         finally:
             if connection is not None:
                 replica.unanswered.discard(connection)
+
+    async def _look_for(self, model: str, replica: Replica) -> None:
+        """After a 404. Raises AdapterLostError where the replica has not the model, ConnectionError where it does not
+        say.
+        """
+        _, body = await self._get(replica, "/v1/models")
+        try:
+            names = {entry.get("id") for entry in read_models(body)}
+        except GarbageError as exc:
+            raise ConnectionError(f"{replica.url}: {exc}") from exc
+        if model not in names:
+            replica.lacks[model] = self._loop.time() + LACKS_FOR_S
+            raise AdapterLostError(model)
+
+    async def _look_after(self, replica: Replica) -> None:
+        """After an error of its own. Raises ConnectionError where the replica is ill: vLLM's server outlives its
+        engine for a moment, in which every request is a 500.
+        """
+        status, _ = await self._get(replica, "/health")
+        if status != 200:
+            self._mark(replica, False)
+            raise ConnectionError(f"{replica.url} is ill: its health is a {status}")
+
+    async def _get(self, replica: Replica, path: str) -> tuple[int, bytes]:
+        """The status and the body of a small answer, on a connection of its own. Raises ConnectionError."""
+        connection = await replica.connect(HEALTH_TIMEOUT_S)
+        try:
+            head = self._head(replica, "GET", path, b"", {})
+            await connection.ask(head, b"", self._loop.time() + HEALTH_TIMEOUT_S)
+            return connection.status, await connection.read_all()
+        except (TimeoutError, GarbageError) as exc:
+            raise ConnectionError(f"{replica.url} did not answer GET {path}: {exc!r}") from exc
+        finally:
+            connection.abort()
 
     def _head(self, replica: Replica, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
         given = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -217,15 +311,10 @@ class Engines:
     async def _check(self, replica: Replica) -> None:
         replica.prune(IDLE_CONNECTION_S)
         try:
-            deadline_s = self._loop.time() + HEALTH_TIMEOUT_S
-            connection = await replica.connect(HEALTH_TIMEOUT_S)
-            try:
-                await connection.ask(self._head(replica, "GET", "/health", b"", {}), b"", deadline_s)
-                self._mark(replica, connection.status == 200)
-                replica.misses = 0
-            finally:
-                connection.abort()
-        except (OSError, GarbageError):  # TimeoutError among them
+            status, _ = await self._get(replica, "/health")
+            self._mark(replica, status == 200)
+            replica.misses = 0
+        except ConnectionError:
             self._mark(replica, False)
             replica.misses += 1
             if replica.misses >= DEAD_AFTER_MISSES and self.is_up:

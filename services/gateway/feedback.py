@@ -37,9 +37,9 @@ from loop.events import (
 )
 from loop.log import NewRecord
 from services.gateway.errors import UNREADABLE, Refusal, read_body
+from services.gateway.identity import FEEDBACK_TOKEN
 from services.gateway.parts import PARTS, Parts
 from services.gateway.redactor import RedactionError, Redactor
-from services.gateway.relay import FEEDBACK_TOKEN
 
 MAX_BYTES = 64 * 1024
 MAX_ITEMS = 1_000

@@ -15,7 +15,10 @@ from typing import NamedTuple
 
 from loop.keys import ID_CHARS, SCOPES, ApiKey, digest_of
 
-_EXPECTED = "send X-Thumbwheel-Feedback-Token as it came with the response"
+FEEDBACK_TOKEN = "X-Thumbwheel-Feedback-Token"
+"""The header that it comes and goes in."""
+
+_EXPECTED = f"send {FEEDBACK_TOKEN} as it came with the response"
 
 
 class Claim(NamedTuple):

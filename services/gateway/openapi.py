@@ -16,8 +16,9 @@ from aiohttp import web
 
 from loop.events import ResponseId
 from services.gateway.feedback import MAX_ITEMS, VALUES, Vote
+from services.gateway.identity import FEEDBACK_TOKEN
 from services.gateway.proxy import NO_RESPONSES
-from services.gateway.relay import FEEDBACK_TOKEN, RESPONSE_ID
+from services.gateway.relay import RESPONSE_ID
 from services.gateway.tokens import TokenAsk
 
 Schema = dict[str, Any]

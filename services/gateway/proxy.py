@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 import msgspec
 from aiohttp import web
@@ -16,10 +15,12 @@ from loop.rollout.routing import Arm, Route, adapter_name, pick_arm
 from services.gateway.answers import Rename
 from services.gateway.asks import Endpoint, read_ask, read_fields, read_model, read_trace
 from services.gateway.capture import Exchange
-from services.gateway.errors import UNREADABLE, Refusal, read_body
+from services.gateway.connection import GarbageError
+from services.gateway.engines import AdapterLostError, read_models
+from services.gateway.errors import Refusal, read_body
 from services.gateway.identity import Caller
 from services.gateway.parts import PARTS, Parts
-from services.gateway.regenerate import SOURCE, prompt_key, vote_on_earlier
+from services.gateway.regenerate import SOURCE, prompt_key
 from services.gateway.relay import Relay, relayed_headers
 
 _ID_PREFIX: dict[Endpoint, str] = {"chat": "chatcmpl", "completions": "cmpl"}
@@ -30,13 +31,6 @@ NO_RESPONSES = (
     "was given could not be logged; use /v1/chat/completions, which has tools, reasoning and streaming as well"
 )
 _PATH: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
-
-
-class _Models(msgspec.Struct):
-    data: list[dict[str, Any]]
-
-
-_models = msgspec.json.Decoder(_Models)
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -58,15 +52,15 @@ async def models(request: web.Request) -> web.Response:
     if status != 200:
         return web.Response(body=body, status=status, content_type="application/json")
     try:
-        listed = _models.decode(body).data
-    except UNREADABLE as exc:
-        raise Refusal(502, f"the engine's list of models cannot be read: {exc}", code="engine_failed") from exc
+        listed = read_models(body)
+    except GarbageError as exc:
+        raise Refusal(502, f"the engine failed: {exc}", code="engine_failed") from exc
     base = next((entry for entry in listed if entry.get("id") == parts.base_name), {})
     entry = {**base, "id": parts.alias, "object": "model", "owned_by": "thumbwheel", "root": parts.alias}
     return web.Response(body=msgspec.json.encode({"object": "list", "data": [entry]}), content_type="application/json")
 
 
-async def pass_through(request: web.Request) -> web.Response:
+async def pass_through(request: web.Request) -> web.StreamResponse:
     """Embeddings, tokenise, detokenise: the alias becomes the live adapter, nothing is logged."""
     parts = request.app[PARTS]
     caller = await parts.check_key(request, "chat")
@@ -74,13 +68,16 @@ async def pass_through(request: web.Request) -> web.Response:
         fields = read_fields(await read_body(request, parts.gateway.max_body_bytes, hold))
         shown = read_model(fields)
         await parts.routes.is_known.wait()
-        with parts.routes.use() as route:
+
+        async def attempt(route: Route) -> web.StreamResponse:
             adapter = choose_arm(route, shown, "", caller, parts).adapter
             fields["model"] = msgspec.Raw(msgspec.json.encode(adapter))
             sent = msgspec.json.encode(fields)
-            with await parts.engines.post(request.path, sent, read_trace(request.headers)) as answer:
+            with await parts.engines.post(request.path, sent, read_trace(request.headers), adapter) as answer:
                 body = Rename(adapter, shown or parts.alias, strip_token_ids=False).answer(answer.first)
                 return web.Response(body=body, status=answer.status, headers=relayed_headers(answer))
+
+        return await _on_route(parts, attempt)
 
 
 async def not_served(request: web.Request) -> web.Response:
@@ -132,9 +129,8 @@ async def _generate(
     uuid = uuid7(started_at_ms, parts.random.take, version=8 if ask.choices > 1 else 7)
     response_id = f"{_ID_PREFIX[endpoint]}-{key}-{uuid}"
     exchange = Exchange(ask, response_id, key, ask.model or parts.alias, started_at_ms, started_s)
-    if SOURCE in parts.implicit_weights and (asked := prompt_key(ask)) is not None:
-        vote_on_earlier(asked, response_id, ask.rater, parts)
-        exchange.prompt_key = asked
+    if SOURCE in parts.implicit_weights:
+        exchange.prompt_key = prompt_key(ask)
     if not parts.routes.is_known.is_set():
         await parts.routes.is_known.wait()
     status = 499  # what nginx calls a client that has left
@@ -151,22 +147,30 @@ async def _generate(
 
 
 async def _ask_engine(request: web.Request, exchange: Exchange, caller: Caller, parts: Parts) -> web.StreamResponse:
-    """Send and relay; where the engine does not know the adapter any more, the route is read again and tried once."""
+    """Send and relay."""
     ask = exchange.ask
     # vLLM makes the response's id of this header, so that no body is rewritten for it.
     headers = {"X-Request-Id": exchange.response_id.partition("-")[2], **read_trace(request.headers)}
-    path = _PATH[ask.endpoint]
     relay = Relay(request, exchange, parts)
-    is_retried = False
-    while True:
+
+    async def attempt(route: Route) -> web.StreamResponse:
+        subject = "" if route.canary is None else ask.conversation_id  # else there is nothing to choose
+        arm = choose_arm(route, ask.model, subject, caller, parts)
+        exchange.serve_by(arm, route.generation)
+        body = ask.upstream_body(arm.adapter)
+        with await parts.engines.post(_PATH[ask.endpoint], body, headers, arm.adapter, relay.prepare) as answer:
+            return await relay.send(answer)
+
+    return await _on_route(parts, attempt)
+
+
+async def _on_route(parts: Parts, attempt: Callable[[Route], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """The attempt's answer; where no engine has the route's adapter, the route is read again, and tried once more."""
+    try:
         with parts.routes.use() as route:
-            subject = "" if route.canary is None else ask.conversation_id  # else there is nothing to choose
-            arm = choose_arm(route, ask.model, subject, caller, parts)
-            exchange.serve_by(arm, route.generation)
-            body = ask.upstream_body(arm.adapter)
-            with await parts.engines.post(path, body, headers, relay.prepare) as answer:
-                if answer.status != 404 or is_retried or arm.adapter == parts.base_name:
-                    return await relay.send(answer)
-        is_retried = True
+            return await attempt(route)
+    except AdapterLostError:
         metrics.gateway_route_retries.inc()
         await parts.routes.refresh()
+    with parts.routes.use() as route:
+        return await attempt(route)

@@ -27,9 +27,13 @@ def prompt_key(ask: Ask) -> str | None:
     return asked.hexdigest()
 
 
-def vote_on_earlier(key: str, response_id: str, rater: str | None, parts: Parts) -> None:
-    """Vote against the last answer to the prompt, where a gateway of this machine gave one. Nothing waits for it."""
-    if (earlier := parts.recent.get("prompt", key)) is None:
+def judge_earlier(key: str, response_id: str, rater: str | None, parts: Parts) -> None:
+    """Where the prompt has got its answer: vote against the one before, if a gateway of this machine gave one. Nothing
+    waits for it.
+    """
+    earlier = parts.recent.get("prompt", key)
+    parts.recent.put("prompt", key, response_id)
+    if earlier is None:
         return
     given = FeedbackGiven(
         feedback_id=f"{SOURCE}/{response_id}",

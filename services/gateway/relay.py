@@ -20,12 +20,12 @@ from services.gateway.answers import EventStream, Rename, Transcript
 from services.gateway.capture import Exchange, asked_of, build_record
 from services.gateway.connection import GarbageError
 from services.gateway.engines import Answer
-from services.gateway.identity import Claim
+from services.gateway.identity import FEEDBACK_TOKEN, Claim
 from services.gateway.parts import Parts
+from services.gateway.regenerate import judge_earlier
 from services.gateway.spool import ASIDE_BYTES
 
 RESPONSE_ID = "X-Thumbwheel-Response-Id"
-FEEDBACK_TOKEN = "X-Thumbwheel-Feedback-Token"
 # Headers that concern one connection, or that only the server in front may set.
 _NOT_PASSED_ON = frozenset(
     {"connection", "content-length", "date", "keep-alive", "server", "te", "trailer", "transfer-encoding", "upgrade"}
@@ -144,7 +144,7 @@ class Relay:
         """Hand the response to the spool."""
         exchange, parts = self._exchange, self._parts
         if exchange.prompt_key is not None and not is_aborted:
-            parts.recent.put("prompt", exchange.prompt_key, exchange.response_id)
+            judge_earlier(exchange.prompt_key, exchange.response_id, exchange.ask.rater, parts)
         ended_s = time.monotonic()
 
         def build() -> NewRecord:

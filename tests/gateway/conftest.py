@@ -15,10 +15,14 @@ import aiohttp
 import pytest
 from aiohttp import web
 from pydantic import SecretStr
+from sqlalchemy import Engine
 
 from loop.events import FeedbackGiven, ResponseLogged, decode_feedback, decode_response
 from loop.log.embedded import EmbeddedLog
+from loop.rollout.routing import Route
 from loop.settings import EngineSettings, GatewaySettings, LogSettings, Settings, StoreSettings
+from loop.store import write
+from loop.store.routes import oldest_generation_in_use, write_route
 from services.gateway.app import create_app, create_metrics_app
 from services.gateway.journal import left_in
 from services.gateway.parts import PARTS, Parts
@@ -45,6 +49,13 @@ async def serve(app: web.Application, port: int = 0) -> tuple[web.AppRunner, str
     site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
     await site.start()
     return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+
+async def set_route(store: Engine, gateway: Gateway, **fields: Any) -> None:
+    """Make the route and wait until the gateway uses it, and has said so, which it does when it has kept it."""
+    with write(store) as connection:
+        route = write_route(connection, Route("assistant", gateway.parts.routes.route.generation, **fields), 1)
+    await until(lambda: oldest_generation_in_use(store, 0) == route.generation)
 
 
 def read_spool(path: Path) -> tuple[list[ResponseLogged], list[FeedbackGiven]]:

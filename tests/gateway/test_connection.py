@@ -205,15 +205,15 @@ async def test_a_connection_is_used_again_once_its_answer_was_read_to_the_end() 
         engines = Engines(EngineSettings(urls=[url]))
         is_over.set()
         for _ in range(3):
-            with await engines.post("/v1/x", b"{}", {}) as answer:
+            with await engines.post("/v1/x", b"{}", {}, "m") as answer:
                 assert answer.is_stream
                 assert answer.first + await answer.read() + await answer.read() == b"hello"
         assert opened == 1
         is_over.clear()
-        with await engines.post("/v1/x", b"{}", {}):  # left before its end
+        with await engines.post("/v1/x", b"{}", {}, "m"):  # left before its end
             pass
         is_over.set()
-        with await engines.post("/v1/x", b"{}", {}) as answer:
+        with await engines.post("/v1/x", b"{}", {}, "m") as answer:
             assert answer.first == b"hello"
         assert opened == 2
         engines.close()
@@ -262,7 +262,7 @@ async def test_a_waiting_connection_that_the_engine_has_spoilt_is_not_used(unask
     async with engine(script) as url, asyncio.timeout(PATIENCE_S):
         engines = Engines(EngineSettings(urls=[url]))
         for _ in range(2):
-            with await engines.post("/v1/x", b"{}", {}) as answer:
+            with await engines.post("/v1/x", b"{}", {}, "m") as answer:
                 assert answer.first == b"hello"
             waiting = engines.replicas[0]._idle[-1][1]
             spoil.set()
@@ -310,10 +310,10 @@ async def test_an_engine_behind_tls_is_reached_where_its_certificate_is_trusted(
     async with engine(script, tls) as url, asyncio.timeout(PATIENCE_S):
         engines = Engines(EngineSettings(urls=[url]))
         with pytest.raises(Refusal, match="Service Unavailable"):
-            await engines.post("/v1/x", b"{}", {})
+            await engines.post("/v1/x", b"{}", {}, "m")
         monkeypatch.setenv("SSL_CERT_FILE", str(path))
         for _ in range(2):
-            with await engines.post("/v1/x", b"{}", {}) as answer:
+            with await engines.post("/v1/x", b"{}", {}, "m") as answer:
                 assert answer.first == b"hello"
         engines.close()
 
@@ -337,7 +337,7 @@ async def test_headers_are_told_before_the_first_byte_and_again_of_the_replica_t
 
     async with engine(script) as url, asyncio.timeout(PATIENCE_S):
         engines = Engines(EngineSettings(urls=[url]))
-        with await engines.post("/v1/x", b"{}", {}, tell) as answer:
+        with await engines.post("/v1/x", b"{}", {}, "m", tell) as answer:
             assert answer.first == b"hello"
         assert told == [told[0], answer]
         engines.close()
@@ -347,6 +347,6 @@ async def test_headers_of_the_engines_connection_end_there() -> None:
     head = b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Hop\r\nX-Hop: 1\r\nX-Kept: 2\r\nContent-Length: 2\r\n\r\n{}"
     async with engine(saying(head)) as url, asyncio.timeout(PATIENCE_S):
         engines = Engines(EngineSettings(urls=[url]))
-        with await engines.post("/v1/x", b"{}", {}) as answer:
+        with await engines.post("/v1/x", b"{}", {}, "m") as answer:
             assert list(relayed_headers(answer)) == ["X-Kept"]
         engines.close()

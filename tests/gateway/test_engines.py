@@ -10,9 +10,10 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from sqlalchemy import Engine
 
 from services.gateway import engines
-from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, serve, until
+from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, serve, set_route, until
 from tests.ports import free_port
 from tests.stub_engine import StubEngine, create_stub
 
@@ -276,4 +277,85 @@ async def test_an_engine_that_is_ill_gets_no_requests(
     for _ in range(5):
         assert (await gateway.chat())[0] == 200
     assert asked == []
+    await runner.cleanup()
+
+
+async def test_a_restarted_replica_gets_no_request_for_an_adapter_before_it_has_it_again(
+    start: StartGateway, stub: Stub, store: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "LACKS_FOR_S", PATIENCE_S)
+    restarted = StubEngine()
+    runner, url = await serve(create_stub(restarted))
+    stub[0].models.add("assistant@v000001")
+    gateway: Gateway = await start(engine={"urls": [url, stub[1]]})
+    await set_route(store, gateway, live="v000001")
+    for _ in range(5):
+        for path in ("/v1/chat/completions", "/tokenize"):
+            assert (await gateway.post(path, HELLO))[0] == 200
+    assert len(restarted.requests) == 1  # and then it was known
+    assert (await gateway.chat(model="base"))[0] == 200
+    assert len(restarted.requests) == 2  # what it has, it is asked for
+    assert {logged.adapter for logged in gateway.responses()} == {"assistant@v000001", "base"}
+
+    restarted.models.add("assistant@v000001")  # the scheduler's work
+    monkeypatch.setattr(gateway.parts.engines.replicas[0], "lacks", {})  # the time is over
+    assert (await gateway.chat())[0] == 200
+    assert len(restarted.requests) == 3
+    assert {replica.open_requests for replica in gateway.parts.engines.replicas} == {0}
+    await runner.cleanup()
+
+
+async def test_where_no_engine_has_the_adapter_the_app_is_told_to_try_again(
+    start: StartGateway, stub: Stub, store: Engine
+) -> None:
+    gateway: Gateway = await start()
+    await set_route(store, gateway, live="v000001")
+    for path in ("/v1/chat/completions", "/tokenize"):
+        status, body, response = await gateway.post(path, HELLO)
+        assert (status, body["error"]["code"], response.headers["Retry-After"]) == (503, "adapter_not_loaded", "1")
+    assert gateway.responses() == []
+    stub[0].models.add("assistant@v000001")
+    assert (await gateway.chat())[0] == 200
+
+
+async def test_what_an_engine_does_not_serve_is_no_lost_adapter(start: StartGateway) -> None:
+    async def chat(_: web.Request) -> web.Response:
+        return web.json_response({"choices": []})
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "base"}]})
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", chat)
+    app.router.add_get("/v1/models", models)
+    runner, url = await serve(app)
+    gateway: Gateway = await start(engine={"urls": [url]})
+    assert (await gateway.post("/v1/embeddings", {"model": "assistant", "input": []}))[0] == 404
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_an_error_of_an_engine_that_is_ill_is_not_the_apps(start: StartGateway, stub: Stub, status: int) -> None:
+    is_well = True
+    asked: list[web.Request] = []
+
+    async def health(_: web.Request) -> web.Response:
+        return web.Response(status=200 if is_well else 503)
+
+    async def fail(request: web.Request) -> web.Response:
+        asked.append(request)
+        return web.json_response({"error": {"message": "EngineCore encountered an issue."}}, status=status)
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", fail)
+    app.router.add_get("/health", health)
+    runner, url = await serve(app)
+    gateway: Gateway = await start(engine={"urls": [url, stub[1]]})
+    found, body, _ = await gateway.chat()
+    assert (found, body["error"]["message"]) == (status, "EngineCore encountered an issue.")  # the request's own fault
+    is_well = False
+    for stream in (False, True):
+        assert (await gateway.chat(stream=stream))[0] == 200
+    assert len(asked) == 2  # then it was out
+    assert {replica.open_requests for replica in gateway.parts.engines.replicas} == {0}
     await runner.cleanup()

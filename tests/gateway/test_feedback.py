@@ -394,6 +394,8 @@ async def test_a_failed_answer_is_no_answer_and_nothing_is_concluded_unless_aske
     asked: dict[str, Any] = {"metadata": {"conversation_id": "c"}}
     assert (await again.chat(**asked, stub={"fault": "500"}))[0] == 500
     assert (await again.chat(**asked))[0] == 200
+    assert (await again.chat(**asked, stub={"fault": "500"}))[0] == 500  # the answer before still stands
+    assert (await again.chat(**asked, model="unknown"))[0] == 404
     for _ in range(2):
         assert (await gateway.chat(**asked))[0] == 200
     assert gateway.feedback() == []

@@ -19,9 +19,9 @@ from sqlalchemy import Engine
 from loop.content import content_of
 from loop.rollout.routing import Route
 from loop.store import write
-from loop.store.routes import oldest_generation_in_use, write_route
+from loop.store.routes import write_route
 from services.gateway.media import without_media
-from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, serve, until
+from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, serve, set_route
 from tests.gateway.test_connection import engine, saying
 from tests.stub_engine import ADMIN_ROUTES, StubEngine
 
@@ -141,13 +141,6 @@ async def test_chunks_are_passed_on_when_they_come(start: StartGateway) -> None:
 
 
 # --- routes ----------------------------------------------------------------------------------------------------------
-
-
-async def set_route(store: Engine, gateway: Gateway, **fields: Any) -> None:
-    """Make the route and wait until the gateway uses it, and has said so, which it does when it has kept it."""
-    with write(store) as connection:
-        route = write_route(connection, Route("assistant", gateway.parts.routes.route.generation, **fields), 1)
-    await until(lambda: oldest_generation_in_use(store, 0) == route.generation)
 
 
 async def test_the_alias_moves_to_the_adapter_that_the_route_names(gateway: Gateway, stub: Stub, store: Engine) -> None:
