@@ -69,9 +69,11 @@ class GatewaySettings(Section):
     metrics_port: Port = 9101
     """Port of /metrics and /healthz, apart from the public one."""
     gateway_id: str = "gateway-1"
-    """Name of this process among the gateways; route acknowledgements and the spool carry it."""
+    """Name of this process among the gateways of all machines; acknowledgements, events and the spool carry it."""
     processes: Annotated[int, Field(ge=1, le=128)] = 1
-    """Processes that share both ports, for more than one core; each has a spool of its own."""
+    """Processes that share both ports, for more than one core; each has a spool of its own, and where they become
+    fewer, the first one takes up what the others have left.
+    """
     process: Annotated[int, Field(ge=0)] | None = None
     """Number of this one of the `processes`; `thumbwheel gateway` sets it in those that it starts."""
     api_keys: list[SecretStr] = []

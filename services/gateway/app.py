@@ -34,6 +34,7 @@ from services.gateway.forward import forwarding
 from services.gateway.identity import FEEDBACK_TOKEN, KeyRing, is_loopback
 from services.gateway.langfuse import create_scores, delete_score, drop_traces, ingest, projects
 from services.gateway.openapi import document, page
+from services.gateway.orphans import adopt
 from services.gateway.parts import MAX_HEADERS, PARTS, Parts
 from services.gateway.proxy import chat_completions, completions, models, not_served, pass_through
 from services.gateway.recent import RECENT, Recent
@@ -242,7 +243,12 @@ def _parts(settings: Settings) -> Callable[[web.Application], AsyncIterator[None
         clock = HybridClock(int(log.get_meta(CLOCK) or 0))
         recent = Recent(log.path.with_name(RECENT))
         app[PARTS] = Parts(settings, engines, routes, spool, recent, redactor, clock, tally)
-        tasks = [asyncio.create_task(routes.watch()), asyncio.create_task(engines.watch())]
+        tasks: list[asyncio.Task[object]] = [
+            asyncio.create_task(routes.watch()),
+            asyncio.create_task(engines.watch()),
+        ]
+        if not gateway.process:  # the first one of several, for all
+            tasks.append(asyncio.create_task(asyncio.to_thread(adopt, log, topics)))
         with forwarding(log, settings.log):
             yield
             for task in tasks:

@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,13 +80,16 @@ class Journal:
             _remove(self._files.popleft())
 
     def _begin(self, frame_bytes: int = 0) -> _File:
-        path = self._stem.with_name(f"{self._stem.name}.{secrets.token_hex(8)}")
+        name = f"{self._stem.name}.{secrets.token_hex(8)}"
+        # Of that name only when it is locked, or others could take it for one that was left.
+        path = self._stem.with_name(f".{name}")
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
             size = max(FILE_BYTES, _DONE.size + frame_bytes)
             os.posix_fallocate(handle, 0, size)  # now: where a disk is full, writing to its memory would be a SIGBUS
             memory = mmap.mmap(handle, size)
+            path = path.rename(self._stem.with_name(name))
         except OSError:
             path.unlink()
             os.close(handle)
@@ -95,11 +99,22 @@ class Journal:
         return self._files[-1]
 
 
+def is_in_use(stem: Path) -> bool:
+    """Whether a process that runs writes the files `<stem>.*`."""
+    for path in stem.parent.glob(f"{stem.name}.*"):
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
+
+
 def recover(stem: Path, write: Callable[[Sequence[NewRecord]], object]) -> int:
     """Hand what killed processes have left to `write`, and remove their files; returns how many records it was."""
     count = 0
     for path in sorted(stem.parent.glob(f"{stem.name}.*")):
-        with path.open("rb") as file:
+        with suppress(FileNotFoundError), path.open("rb") as file:  # one who runs has done with it
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
