@@ -82,7 +82,9 @@ class GatewaySettings(Section):
     token_secret: SecretStr | None = None
     """Secret that signs feedback tokens; without one, a random one is made at each start."""
     previous_token_secrets: list[SecretStr] = []
-    """Secrets that it has replaced: tokens signed with them are good until they expire."""
+    """Other secrets whose tokens are good: those that it has replaced; with several gateways also the next one, which
+    all have to know before the first signs with it.
+    """
     token_ttl_s: Annotated[int, Field(ge=60, le=31_536_000)] = 7 * 86_400
     """How long a feedback token may be used."""
     rater_salt: SecretStr = SecretStr("thumbwheel")

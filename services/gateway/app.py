@@ -35,7 +35,7 @@ from services.gateway.identity import FEEDBACK_TOKEN, KeyRing, is_loopback
 from services.gateway.langfuse import create_scores, delete_score, drop_traces, ingest, projects
 from services.gateway.openapi import document, page
 from services.gateway.orphans import adopt
-from services.gateway.parts import MAX_HEADERS, PARTS, Parts
+from services.gateway.parts import MAX_HEADERS, PARTS, Parts, for_no_engine
 from services.gateway.proxy import chat_completions, completions, models, not_served, pass_through
 from services.gateway.recent import RECENT, Recent
 from services.gateway.redactor import Redactor
@@ -66,13 +66,13 @@ def create_app(settings: Settings) -> web.Application:
             web.post("/v1/embeddings", pass_through),
             web.post("/tokenize", pass_through),
             web.post("/detokenize", pass_through),
-            web.post("/v1/feedback", feedback),
-            web.post("/v1/feedback/tokens", make_token),
-            web.post("/api/public/scores", create_scores),
+            web.post("/v1/feedback", for_no_engine(feedback)),
+            web.post("/v1/feedback/tokens", for_no_engine(make_token)),
+            web.post("/api/public/scores", for_no_engine(create_scores)),
             web.delete("/api/public/scores/{score_id}", delete_score),
-            web.post("/api/public/ingestion", ingest),
+            web.post("/api/public/ingestion", for_no_engine(ingest)),
             web.get("/api/public/projects", projects, allow_head=False),
-            web.post("/api/public/otel/v1/traces", drop_traces),
+            web.post("/api/public/otel/v1/traces", for_no_engine(drop_traces)),
             web.get("/thumbs.js", thumbs),
             web.get("/openapi.json", document),
             web.get("/docs", page),
@@ -100,13 +100,14 @@ def create_metrics_app(public: web.Application) -> web.Application:
 
     async def readyz(_: web.Request) -> web.Response:
         parts = public[PARTS]
-        checks = {
+        needed = {
             "engine": parts.engines.is_up,
             "route": parts.routes.is_known.is_set(),
-            "spool": not parts.spool.is_failing,
             "serving": not parts.is_draining,
         }
-        return web.json_response(checks, status=200 if all(checks.values()) else 503)
+        # A full disk is told of, but no reason to send the chat away.
+        shown = needed | {"spool": not parts.spool.is_failing}
+        return web.json_response(shown, status=200 if all(needed.values()) else 503)
 
     async def exposition(_: web.Request) -> web.Response:
         registry = REGISTRY

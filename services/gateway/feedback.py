@@ -20,6 +20,7 @@ from typing import Annotated, Any, TypeVar, cast
 import msgspec
 from aiohttp import web
 from msgspec import Meta, Raw
+from msgspec.structs import replace
 
 from loop import metrics
 from loop.events import (
@@ -38,7 +39,7 @@ from loop.events import (
 from loop.log import NewRecord
 from services.gateway.errors import UNREADABLE, Refusal, read_body
 from services.gateway.identity import FEEDBACK_TOKEN
-from services.gateway.parts import PARTS, Parts
+from services.gateway.parts import HOLD, PARTS, Parts
 from services.gateway.redactor import RedactionError, Redactor
 
 MAX_BYTES = 64 * 1024
@@ -108,7 +109,7 @@ async def feedback(request: web.Request) -> web.Response:
             idempotency_key=request.headers.get("Idempotency-Key"),
             key_id="" if holder is None else holder.key_id,
         )
-        body = await read_body(request, MAX_BATCH_BYTES if voter.has_key else MAX_BYTES)
+        body = await read_body(request, MAX_BATCH_BYTES if voter.has_key else MAX_BYTES, request[HOLD])
         items, is_batch = read_items(body)
     except Refusal as exc:
         count_refused(exc)
@@ -117,13 +118,13 @@ async def feedback(request: web.Request) -> web.Response:
     async for number, item in in_turns(items):
         feedback_id = f"{voter.idempotency_key}/{number}" if is_batch and voter.idempotency_key else None
         results.append(_take(item, feedback_id or voter.idempotency_key, voter, parts))
-    await write_feedback([given for given in results if isinstance(given, FeedbackGiven)], parts)
+    textless = await write_feedback([given for given in results if isinstance(given, FeedbackGiven)], parts)
     if is_batch:
-        return answer(207, {"items": [_result(result) for result in results]})
+        return answer(207, {"items": [_result(result, textless) for result in results]})
     (result,) = results
     if isinstance(result, Refusal):
         raise result
-    return answer(202, _result(result) | {"status": "accepted"})
+    return answer(202, _result(result, textless) | {"status": "accepted"})
 
 
 async def in_turns(items: Iterable[T]) -> AsyncIterator[tuple[int, T]]:
@@ -258,15 +259,18 @@ def _given(vote: Vote, response_id: str | None, rater: str, parts: Parts) -> Fee
     )
 
 
-async def write_feedback(given: Sequence[FeedbackGiven], parts: Parts) -> None:
-    """Write votes, in the order of their stamps, and count them. Raises Refusal 503 where they may not be on disk."""
+async def write_feedback(given: Sequence[FeedbackGiven], parts: Parts) -> set[str]:
+    """Write votes, in the order of their stamps, and count them; returns the ids of those whose texts could not be
+    redacted, and were left out. Raises Refusal 503 where they may not be on disk.
+    """
+    textless: set[str] = set()
     if not given:
-        return
+        return textless
     status = 499
     try:
         records = [feedback_record(vote, parts) for vote in given]
         if parts.redactor is not None:
-            records = await _redacted(given, records, parts.redactor, parts)
+            records = await _redacted(given, records, textless, parts.redactor, parts)
         written = parts.spool.put_feedback(records, given[-1].hlc)
         try:
             is_on_disk = await asyncio.wait_for(written, WRITE_TIMEOUT_S)
@@ -278,6 +282,7 @@ async def write_feedback(given: Sequence[FeedbackGiven], parts: Parts) -> None:
             metrics.gateway_feedback.labels(vote.value, str(status)).inc()
     if status == 503:
         raise Refusal(503, "the feedback could not be written; send it again", code="not_written", retry_after_s=1)
+    return textless
 
 
 def feedback_record(given: FeedbackGiven, parts: Parts) -> NewRecord:
@@ -293,10 +298,14 @@ def feedback_record(given: FeedbackGiven, parts: Parts) -> NewRecord:
 
 
 async def _redacted(
-    given: Sequence[FeedbackGiven], records: Sequence[NewRecord], redactor: Redactor, parts: Parts
+    given: Sequence[FeedbackGiven],
+    records: Sequence[NewRecord],
+    textless: set[str],
+    redactor: Redactor,
+    parts: Parts,
 ) -> list[NewRecord]:
-    """The records without what is private; without any text where that fails, for the votes count all the same. Once
-    one had to wait too long, the others of the call do not.
+    """The records without what is private; without any text where that fails, for the votes count all the same, and
+    then `textless` gets their ids. Once one had to wait too long, the others of the call do not.
     """
     clean: list[NewRecord] = []
     limit_s = REDACTION_TIMEOUT_S
@@ -307,8 +316,8 @@ async def _redacted(
                     record = record._replace(value=await redactor.redact(record.value, is_feedback=True))
             except (TimeoutError, RedactionError) as exc:
                 limit_s = 0 if isinstance(exc, TimeoutError) else limit_s
-                textless = msgspec.structs.replace(vote, comment=None, reasons=[], correction=None)
-                record = feedback_record(textless, parts)
+                textless.add(vote.feedback_id)
+                record = feedback_record(replace(vote, comment=None, reasons=[], correction=None), parts)
         clean.append(record)
     return clean
 
@@ -318,11 +327,12 @@ def count_refused(exc: Refusal) -> None:
     metrics.gateway_feedback.labels("invalid", str(exc.status)).inc()
 
 
-def _result(result: FeedbackGiven | Refusal) -> dict[str, Any]:
+def _result(result: FeedbackGiven | Refusal, textless: set[str]) -> dict[str, Any]:
     if isinstance(result, Refusal):
         return {"status": result.status, "error": result.error}
     target = {"response_id": result.response_id} if result.response_id else {"message_id": result.message_id}
-    return {"status": 202, "feedback_id": result.feedback_id, **target}
+    withheld = {"text": "withheld"} if result.feedback_id in textless else {}
+    return {"status": 202, "feedback_id": result.feedback_id, **target, **withheld}
 
 
 def answer(status: int, body: dict[str, Any]) -> web.Response:

@@ -37,7 +37,7 @@ from services.gateway.feedback import (
     in_turns,
     write_feedback,
 )
-from services.gateway.parts import PARTS, Parts
+from services.gateway.parts import HOLD, PARTS, Parts
 
 SOURCE = "langfuse"
 _RESPONSE_ID = re.compile(r"(?:chatcmpl|cmpl)-[0-9a-f]{16}-[0-9a-f-]{36}")
@@ -81,7 +81,7 @@ async def create_scores(request: web.Request) -> web.Response:
     """POST /api/public/scores: one, as LibreChat sends it, or a list of them, as Langfuse's own clients do."""
     parts = request.app[PARTS]
     await parts.check_key(request, "feedback")
-    body = await read_body(request, MAX_BATCH_BYTES)
+    body = await read_body(request, MAX_BATCH_BYTES, request[HOLD])
     if not body.lstrip().startswith(b"["):
         score, given = take_score(body, None, parts)
         await write_feedback([] if given is None else [given], parts)
@@ -125,7 +125,7 @@ async def ingest(request: web.Request) -> web.Response:
     """POST /api/public/ingestion: 207 with what was taken and what was not, by the events' ids."""
     parts = request.app[PARTS]
     await parts.check_key(request, "feedback")
-    batch = _read(_ingestion, await read_body(request, MAX_BATCH_BYTES)).batch
+    batch = _read(_ingestion, await read_body(request, MAX_BATCH_BYTES, request[HOLD])).batch
     given: list[FeedbackGiven] = []
     successes, errors = [], []
     async for _, raw in in_turns(batch):
@@ -154,7 +154,7 @@ async def projects(request: web.Request) -> web.Response:
 async def drop_traces(request: web.Request) -> web.Response:
     """POST /api/public/otel/v1/traces: spans are not of interest; their sender is told that all is well."""
     await request.app[PARTS].check_key(request, "feedback")
-    await read_body(request, MAX_BATCH_BYTES)
+    await read_body(request, MAX_BATCH_BYTES, request[HOLD])
     is_json = request.content_type == "application/json"
     return web.Response(body=b"{}" if is_json else b"", content_type=request.content_type)
 

@@ -1,6 +1,11 @@
-"""How much one caller may ask for: a token bucket for each key and for each rater, in memory and bounded. Pure."""
+"""How much one caller may ask for: a token bucket for each key and for each rater, in memory and bounded; and how much
+all may hold together. Pure.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 MAX_SUBJECTS = 65_536
 
@@ -32,3 +37,30 @@ class RateLimit:
         if len(self._full_at) > self._max_subjects:
             del self._full_at[next(iter(self._full_at))]
         return 0.0
+
+
+class Room:
+    """The bytes that requests hold until they are answered."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.held = 0
+
+    @contextmanager
+    def share(self, refuse: Callable[[str], object]) -> Iterator[Callable[[int], None]]:
+        """One request's; what it gives is told of the bytes as they come. Where those of all are too many, `refuse` is
+        called, which has to raise: but not for a request that is alone, however large it is.
+        """
+        mine = 0
+
+        def hold(size: int) -> None:
+            nonlocal mine
+            if mine < self.held and self.held + size > self._most:
+                refuse(f"open requests have {self.held} bytes, which is about the most")
+            mine += size
+            self.held += size
+
+        try:
+            yield hold
+        finally:
+            self.held -= mine

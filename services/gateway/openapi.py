@@ -116,6 +116,10 @@ _METADATA: Schema = {
         "conversation_id": {**_ID, "description": "Keeps a conversation on one adapter."},
     },
 }
+_WITHHELD: Schema = {
+    "const": "withheld",
+    "description": "The vote counts; its comment, reasons and correction could not be redacted and are not kept.",
+}
 _ASK: Schema = {
     "model": _MODEL,
     "metadata": _METADATA,
@@ -204,7 +208,11 @@ _SCHEMAS: dict[str, Schema] = {
                 "items": {
                     "type": "object",
                     "required": ["status"],
-                    "properties": {"status": {"type": "integer"}, "feedback_id": {"type": "string"}},
+                    "properties": {
+                        "status": {"type": "integer"},
+                        "feedback_id": {"type": "string"},
+                        "text": _WITHHELD,
+                    },
                 },
             }
         },
@@ -217,6 +225,7 @@ _SCHEMAS: dict[str, Schema] = {
             "status": {"const": "accepted"},
             "response_id": {"type": "string"},
             "message_id": {"type": "string"},
+            "text": _WITHHELD,
         },
     },
 }

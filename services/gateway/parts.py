@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import NoReturn
 
 from aiohttp import web
 from aiohttp.hdrs import AUTHORIZATION, ORIGIN
+from aiohttp.typedefs import Handler
 
 from loop import metrics
 from loop.events import HybridClock, RandomBytes
@@ -21,7 +23,7 @@ from loop.settings import GatewaySettings, Settings
 from services.gateway.engines import RETRY_AFTER_S, Engines
 from services.gateway.errors import Refusal
 from services.gateway.identity import ANYBODY, Caller, TokenSigner
-from services.gateway.limits import RateLimit
+from services.gateway.limits import RateLimit, Room
 from services.gateway.recent import Recent
 from services.gateway.redactor import Redactor
 from services.gateway.routes import RouteWatch
@@ -29,6 +31,7 @@ from services.gateway.spool import Spool
 from services.gateway.tally import Tally
 
 MAX_HEADERS = 100
+VOTE_BYTES = 64 * 1024 * 1024  # of the bodies of open requests that are for no engine
 
 
 @dataclass
@@ -48,8 +51,6 @@ class Parts:
     """Requests of any kind that have no answer yet."""
     open_requests: int = 0
     """Those that are for the engine."""
-    open_bytes: int = 0
-    """Of their bodies."""
     gateway: GatewaySettings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +68,7 @@ class Parts:
         )
         self._key_limit = _limit(self.gateway.key_requests_per_s, self.gateway.rate_burst_s)
         self._rater_limit = _limit(self.gateway.rater_requests_per_s, self.gateway.rate_burst_s)
+        self.room, self.vote_room = Room(self.gateway.max_open_bytes), Room(VOTE_BYTES)
         self.random = RandomBytes()
         self.langfuse = settings.langfuse
         gateway = settings.gateway
@@ -160,21 +162,12 @@ class Parts:
         """
         if self.open_requests >= self.gateway.max_open_requests:
             self._overloaded(endpoint, f"{self.open_requests} requests are open, which is the most that is taken here")
-        mine = 0
-
-        def hold(size: int) -> None:
-            nonlocal mine
-            if mine < self.open_bytes and self.open_bytes + size > self.gateway.max_open_bytes:
-                self._overloaded(endpoint, f"open requests have {self.open_bytes} bytes, which is about the most")
-            mine += size
-            self.open_bytes += size
-
         self.open_requests += 1
         try:
-            yield hold
+            with self.room.share(partial(self._overloaded, endpoint)) as hold:
+                yield hold
         finally:
             self.open_requests -= 1
-            self.open_bytes -= mine
 
     def _overloaded(self, endpoint: str, why: str) -> NoReturn:
         metrics.gateway_requests.labels(endpoint, "", "503").inc()
@@ -205,3 +198,20 @@ def _refused(status: int, message: str, code: str, retry_after_s: int = 0) -> Re
 
 
 PARTS = web.AppKey("parts", Parts)
+
+
+HOLD: web.RequestKey[Callable[[int], None]] = web.RequestKey("hold")
+
+
+def for_no_engine(handler: Handler) -> Handler:
+    """The handler with a `request[HOLD]` for the body's bytes: who sends much of it takes no room from the chat."""
+
+    async def held(request: web.Request) -> web.StreamResponse:
+        with request.app[PARTS].vote_room.share(_no_room) as request[HOLD]:
+            return await handler(request)
+
+    return held
+
+
+def _no_room(why: str) -> NoReturn:
+    raise _refused(503, f"{why}; try again", "overloaded", RETRY_AFTER_S)

@@ -36,6 +36,7 @@ KEPT_FREE_BYTES = 256 * 1024 * 1024  # of the disk, for feedback
 MAX_BATCH = 500
 REDACT_WITHIN_S = 10.0  # at the end, what waits for that still
 MAX_WAITING_BYTES = 128 * 1024 * 1024
+VOTES_WAITING_BYTES = 64 * 1024 * 1024  # for which there is room beyond that
 CLOCK = "hlc"  # the meta entry with the highest stamp of all the processes that share the log
 
 _log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class Spool:
     def put_response(self, build: Callable[[], NewRecord], size: int) -> asyncio.Future[bool]:
         """Write a response: True once it would survive kill -9, False where it is lost (which is counted)."""
         job = _Job(size, self._loop.create_future(), build)
-        if self._put_bytes - self._settled_bytes + self._preparing_bytes > MAX_WAITING_BYTES:
+        if self._backlog() > MAX_WAITING_BYTES:
             self._lose(job, "backlog")
         elif self._redactor is not None or size > ASIDE_BYTES:
             task = asyncio.create_task(self._prepare(job))
@@ -107,10 +108,15 @@ class Spool:
         return job.done
 
     def put_feedback(self, records: Sequence[NewRecord], stamp: int) -> asyncio.Future[bool]:
-        """Write feedback and the clock's `stamp` with it, in one transaction: True once all of it is on disk."""
+        """Write feedback and the clock's `stamp` with it, in one transaction: True once all of it is on disk, False
+        where it may not be, or too much waits for a disk that hangs.
+        """
         size = sum(len(record.value) for record in records)
         job = _Job(size, self._loop.create_future(), stamp=stamp, records=records)
-        self._put(job)
+        if self._backlog() > MAX_WAITING_BYTES + VOTES_WAITING_BYTES:
+            _settle([job.done], False)
+        else:
+            self._put(job)
         return job.done
 
     async def close(self) -> None:
@@ -124,6 +130,9 @@ class Spool:
         self._hand_over()
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join)
+
+    def _backlog(self) -> int:
+        return self._put_bytes - self._settled_bytes + self._preparing_bytes
 
     async def _prepare(self, job: _Job) -> None:
         self._preparing_bytes += job.size

@@ -13,7 +13,7 @@ from loop.events import hash_rater, key_of_response_id
 from services.gateway.errors import UNREADABLE, Refusal, read_body
 from services.gateway.feedback import MAX_BYTES, Id, answer
 from services.gateway.identity import Claim
-from services.gateway.parts import PARTS
+from services.gateway.parts import HOLD, PARTS
 
 
 class TokenAsk(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -33,7 +33,7 @@ async def make_token(request: web.Request) -> web.Response:
     """POST /v1/feedback/tokens"""
     parts = request.app[PARTS]
     await parts.check_key(request, "feedback")
-    body = await read_body(request, MAX_BYTES)
+    body = await read_body(request, MAX_BYTES, request[HOLD])
     try:
         ask = _ask.decode(body)
         key_of_response_id(ask.response_id)

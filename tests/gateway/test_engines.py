@@ -104,7 +104,7 @@ async def test_above_the_bound_of_their_bytes_requests_are_a_503_at_once(start: 
                 assert response.status == 200
         assert len(stub[0].requests) == 3
         one.close()
-    await until(lambda: not gateway.parts.open_bytes)
+    await until(lambda: not gateway.parts.room.held)
     assert (await gateway.chat(padding="x" * 550_000))[0] == 200
     alone = await start(max_open_bytes=1024)
     assert (await alone.chat(padding="x" * 5_000))[0] == 200

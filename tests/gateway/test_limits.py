@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from services.gateway.limits import RateLimit
-from tests.gateway.conftest import HELLO, Gateway, StartGateway
+from tests.gateway.conftest import HELLO, PATIENCE_S, Gateway, StartGateway, until
 from tests.gateway.test_feedback import RESPONSE_ID
 
 CHAT = "/v1/chat/completions"
@@ -73,6 +75,32 @@ async def test_each_key_of_the_settings_has_a_rate_of_its_own(start: StartGatewa
     gateway = await start(api_keys=["k1", "k2"], key_requests_per_s=0.01, rate_burst_s=100)
     assert await statuses(gateway, CHAT, [HELLO] * 2, "k1") == [200, 429]
     assert await statuses(gateway, CHAT, [HELLO] * 2, "k2") == [200, 429]
+
+
+async def test_what_is_for_no_engine_may_hold_so_many_bytes_and_takes_no_room_from_the_chat(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.parts.VOTE_BYTES", 100_000)
+    gateway = await start(max_open_bytes=100_000)
+    url, may_end, vote = gateway.url + "/v1/feedback", asyncio.Event(), b'{"message_id": "m", "value": "up"'
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield vote + b" " * 99_000
+        await may_end.wait()
+        yield b"}"
+
+    async with asyncio.timeout(PATIENCE_S):
+        sent = asyncio.create_task(gateway.http.post(url, data=slow()))
+        await until(lambda: gateway.parts.vote_room.held > 90_000)
+        large = {"items": [{"message_id": "m", "value": "up", "comment": "x" * 4_000}] * 4}
+        for path in ("/v1/feedback", "/api/public/ingestion", "/api/public/otel/v1/traces"):
+            status, body, response = await gateway.post(path, large)
+            assert (status, body["error"]["code"], response.headers["Retry-After"]) == (503, "overloaded", "1")
+        assert (await gateway.chat(padding="x" * 90_000))[0] == 200
+        may_end.set()
+        (await sent).close()
+    assert gateway.parts.vote_room.held == 0
+    assert (await gateway.post("/v1/feedback", large))[0] == 207
 
 
 async def test_a_rater_that_asks_too_often_holds_up_nobody_else(start: StartGateway) -> None:

@@ -59,6 +59,9 @@ async def test_thumbs_on_another_origins_page_vote_with_the_responses_token(
     found = gateway.feedback()
     assert [given.value for given in found] == ["up", "down", "retract", "up"]
     assert {(given.response_id, given.rater) for given in found} == {(RESPONSE_ID, "ann")}
+    # The page names each click, so that who overhears a vote and sends it again changes nothing.
+    assert all(given.feedback_id.startswith(f"{RESPONSE_ID}/ann/1") for given in found)
+    assert len({given.feedback_id for given in found}) == len(found)
 
 
 def token_for(gateway: Gateway, seconds: int) -> str:

@@ -22,7 +22,7 @@
       button.innerHTML = `<svg viewBox="0 0 24 24" width="20" stroke="currentColor" transform="rotate(${n * 180})"><path d="${path}"/></svg>`;
       button.onclick = async () => {
         const wanted = given === value ? "retract" : value; // a second click takes it back
-        const body = JSON.stringify({ value: wanted, token });
+        const body = JSON.stringify({ value: wanted, token, feedback_id: "" + Date.now() });
         status.textContent = "";
         show(true);
         try {
